@@ -87,8 +87,8 @@ class SparseAttentionConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise _error(name, value, "an integer of at least 1, or null")
-        if self.top_k is not None and self.alpha != 1.0:
-            raise _error("top_k", self.top_k, f"null unless alpha is 1 (alpha is {self.alpha})")
+        if self.preset in ("softmax", "ssmax", "topk") and self.alpha != 1.0:
+            raise _error("alpha", self.alpha, f"1 for the preset {self.preset}; asentmax and entmax take others")
         if self.preset == "topk" and self.top_k is None:
             raise _error("top_k", self.top_k, "an integer of at least 1 for the preset topk")
         if self.preset != "topk" and self.top_k is not None:
@@ -110,7 +110,8 @@ class SparseAttentionConfig:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"sparse_attention has no field {name!r} (value {merged[name]!r}).{hint} Fields: {', '.join(known)}."
+                    f"sparse_attention has no field {name!r} (value {merged[name]!r}).{hint} "
+                    f"Fields: {', '.join(known)}."
                 )
         return cls(**merged)
 
