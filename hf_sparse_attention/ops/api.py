@@ -1,0 +1,255 @@
+"""The public operator: checks its arguments, resolves what each query sees, and hands over to a backend."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import reference_attention
+from .visibility import resolve_visibility
+
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float = 1.5,
+    scaling: float | None = None,
+    query_scale: Tensor | None = None,
+    slopes: Tensor | None = None,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """alpha-entmax attention (arXiv 2506.16640): ``output_i = sum_j p_ij value_j``, ``p_i = alpha-entmax(z_i)``.
+
+    ``z_ij = (query_i . key_j) * scaling * query_scale_i - slope_h * |query_position_i - key_position_j|`` over the
+    keys that query i sees. A query that sees no key gives zeros, and zero gradients.
+
+    Args:
+        query: (B, Hq, Lq, D), floating point.
+        key: (B, Hk, Lk, D), same dtype; Hq is a multiple of Hk, each key head serves Hq / Hk neighbouring query heads.
+        value: (B, Hk, Lk, Dv), same dtype.
+        alpha: entmax exponent in [1, 2]: 1 is softmax, 2 sparsemax.
+        scaling: factor of the scores, default ``D ** -0.5``.
+        query_scale: (B, Hq, Lq), factor of each query's scores: the length scale t of the paper.
+        slopes: (Hq,), ALiBi slope of each query head (arXiv 2108.12409).
+        is_causal: query i sees keys ``j <= i + Lk - Lq`` only.
+        sliding_window: with ``position = i + Lk - Lq``, query i sees keys with ``position - j < sliding_window`` if
+            causal, ``|position - j| < sliding_window`` otherwise.
+        attention_mask: bool, broadcastable to (B, Hq, Lq, Lk), True where visible.
+        cu_seqlens: int (documents + 1,), for B = 1 and Lq = Lk: document d holds the tokens ``cu_seqlens[d]`` to
+            ``cu_seqlens[d + 1] - 1``; documents do not see each other.
+        key_start: int (B or 1, Lq), first key that each query sees.
+        key_end: int (B or 1, Lq), one past the last key that each query sees.
+        query_positions: int (B or 1, Lq), positions for the ALiBi distance, default ``i + Lk - Lq``.
+        key_positions: int (B or 1, Lk), positions for the ALiBi distance, default ``j``.
+        top_k: softmax over the largest ``top_k`` visible scores (ties with the last one kept); needs ``alpha=1``.
+        dropout_p: probability of dropping a weight, in [0, 1).
+        return_weights: also return the weights; computed densely.
+        impl: backend. "auto" takes the fastest one that supports the arguments.
+
+    All conditions on visibility hold together.
+
+    Returns:
+        (B, Hq, Lq, Dv) in the dtype of ``query``; with ``return_weights`` a pair with the weights (B, Hq, Lq, Lk).
+
+    Raises:
+        ValueError: an argument has a value, shape, dtype or device that is not allowed; the message names it.
+        TypeError: an argument has the wrong type.
+    """
+    _check_tensors(query, key, value)
+    alpha = _check_number("alpha", alpha, 1.0, 2.0, "a number in [1, 2]")
+    dropout_p = _check_number("dropout_p", dropout_p, 0.0, math.nextafter(1.0, 0.0), "a number in [0, 1)")
+    if scaling is None:
+        scaling = query.shape[3] ** -0.5
+    scaling = _check_number("scaling", scaling, -math.inf, math.inf, "a finite number, or None")
+    _check_count("sliding_window", sliding_window)
+    _check_count("top_k", top_k)
+    if top_k is not None and alpha != 1.0:
+        raise ValueError(f"alpha is {alpha} with top_k={top_k}; allowed: alpha=1, top_k is a softmax.")
+    for name, flag in (("is_causal", is_causal), ("return_weights", return_weights)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}.")
+    _check_optional_tensors(
+        query, key, query_scale, slopes, attention_mask, cu_seqlens, key_start, key_end, query_positions, key_positions
+    )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; allowed: {', '.join(IMPLEMENTATIONS)}.")
+
+    if attention_mask is not None:
+        attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
+    visibility = resolve_visibility(
+        query,
+        key,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+        key_end=key_end,
+    )
+    arguments: dict[str, Any] = {
+        "alpha": alpha,
+        "scaling": scaling,
+        "query_scale": query_scale,
+        "slopes": slopes,
+        "visibility": visibility,
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "top_k": top_k,
+        "dropout_p": dropout_p,
+    }
+    output, weights = reference_attention(query, key, value, **arguments)
+    return (output, weights) if return_weights else output
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: (batch, heads, length, head_dim).")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: a floating point dtype.")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: that of query, {query.dtype}.")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; allowed: the device of query, {query.device}.")
+    batch, query_heads, _, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(f"key has shape {_shape(key)}; allowed: ({batch}, heads, length, {head_dim}) as query.")
+    if key.shape[1] == 0 or query_heads % key.shape[1] != 0:
+        raise ValueError(f"key has {key.shape[1]} heads; allowed: a divisor of the {query_heads} heads of query.")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value has shape {_shape(value)}; allowed: {_shape(key.shape[:3])[:-1]}, any) as key.")
+    if head_dim == 0:
+        raise ValueError(f"query has shape {_shape(query)}; allowed: a head_dim of at least 1.")
+
+
+def _check_optional_tensors(
+    query: Tensor,
+    key: Tensor,
+    query_scale: Tensor | None,
+    slopes: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> None:
+    batch, query_heads, query_length, _ = query.shape
+    key_length = key.shape[2]
+
+    for name, tensor, shape in (
+        ("query_scale", query_scale, (batch, query_heads, query_length)),
+        ("slopes", slopes, (query_heads,)),
+    ):
+        if tensor is not None:
+            _check_tensor(name, tensor, query)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: a floating point dtype.")
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: {_shape(shape)}.")
+
+    for name, tensor, length in (
+        ("key_start", key_start, query_length),
+        ("key_end", key_end, query_length),
+        ("query_positions", query_positions, query_length),
+        ("key_positions", key_positions, key_length),
+    ):
+        if tensor is not None:
+            _check_tensor(name, tensor, query)
+            _check_integers(name, tensor)
+            if tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != length:
+                allowed = _shape((1, length)) if batch == 1 else f"{_shape((batch, length))} or {_shape((1, length))}"
+                raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: {allowed}.")
+    for name, tensor in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if tensor is not None and slopes is None:
+            raise ValueError(f"{name} is given without slopes; it is used for the ALiBi distance only.")
+
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask, query)
+        if attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask has dtype {attention_mask.dtype}; allowed: torch.bool, True where visible."
+            )
+        full = (batch, query_heads, query_length, key_length)
+        sizes = tuple(attention_mask.shape)
+        if len(sizes) > 4 or any(size not in (1, limit) for size, limit in zip(sizes[::-1], full[::-1])):
+            raise ValueError(
+                f"attention_mask has shape {_shape(attention_mask)}; allowed: broadcastable to {_shape(full)}."
+            )
+
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, query, key)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, query: Tensor, key: Tensor) -> None:
+    _check_tensor("cu_seqlens", cu_seqlens, query)
+    _check_integers("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens has shape {_shape(cu_seqlens)}; allowed: (documents + 1,).")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"cu_seqlens is given with query {_shape(query)} and key {_shape(key)}; "
+            "allowed: a batch of 1 and equal query and key lengths."
+        )
+    # Reading values would stall an accelerator and cannot be traced.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ascending = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not ascending or cu_seqlens[0] != 0 or cu_seqlens[-1] != query.shape[2]:
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.tolist()}; allowed: ascending from 0 to the length {query.shape[2]}."
+            )
+
+
+def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}.")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}; allowed: the device of query, {query.device}.")
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: torch.int32 or torch.int64.")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}: {value!r}.")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
+    return float(value)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer of at least 1 or None, got {type(value).__name__}: {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; allowed: an integer of at least 1, or None.")
+
+
+def _shape(tensor: Any) -> str:
+    sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
+    return str(tuple(sizes))
