@@ -2,6 +2,36 @@
 
 __version__ = "0.1.0"
 
-from .config import PRESETS, SparseAttentionConfig
+from typing import Any
 
-__all__ = ["PRESETS", "SparseAttentionConfig", "__version__"]
+from .config import PRESETS, SparseAttentionConfig
+from .conversion import convert, revert
+from .ops import sparse_attention
+from .registration import register
+from .training import AlphaSchedule, AlphaScheduleCallback, parameter_groups, set_alpha
+
+register()
+
+__all__ = [
+    "PRESETS",
+    "AlphaSchedule",
+    "AlphaScheduleCallback",
+    "SparseAttentionConfig",
+    "SparseAttentionTrainer",
+    "__version__",
+    "convert",
+    "parameter_groups",
+    "register",
+    "revert",
+    "set_alpha",
+    "sparse_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers.Trainer needs accelerate and takes seconds to import.
+    if name == "SparseAttentionTrainer":
+        from .trainer import SparseAttentionTrainer
+
+        return SparseAttentionTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

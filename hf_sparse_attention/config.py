@@ -154,3 +154,14 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
         bounds = f"a number of at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
         raise _error(name, value, bounds)
     return float(value)
+
+
+def merge_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``stored`` with ``overrides`` on top; a new preset brings its own alpha, length_scaling and top_k."""
+    merged = dict(stored)
+    if overrides:
+        if overrides.get("preset", merged.get("preset")) != merged.get("preset"):
+            for name in PRESETS["softmax"]:
+                merged.pop(name, None)
+        merged.update(overrides)
+    return merged

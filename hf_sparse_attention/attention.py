@@ -1,0 +1,218 @@
+"""The attention function that transformers calls for every preset, and the hook that feeds it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PRESETS, SparseAttentionConfig
+from .length_scale import query_scale
+from .masks import has_packed_documents, visibility
+from .ops import sparse_attention
+from .positions import alibi_slopes
+
+_LENGTH_SCALE = "sparse_length_scale"
+_PACKED_CACHE = "_sparse_attention_packed"
+
+# Keywords that models pass along to the attention function and that change nothing it computes.
+_IRRELEVANT = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "shift_labels",
+        "use_cache",
+    }
+)
+
+
+def prepare_attention_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a patched attention layer: adds the length scale and removes RoPE where asked.
+
+    A module-level function, so that deepcopy, pickle and torch.export work; it acts only while the model's current
+    attention implementation is one of the presets.
+    """
+    if module.config._attn_implementation not in PRESETS:
+        return None
+    settings = module.config.sparse_attention
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    kwargs = dict(kwargs)
+    scale = getattr(module, "length_scale", None)
+    kwargs[_LENGTH_SCALE] = () if scale is None else scale(hidden_states)
+    if settings["position_encoding"] != "model":
+        kwargs["position_embeddings"] = _without_rotation(module, kwargs.get("position_embeddings"))
+    _refuse_packed_cache(module, kwargs)
+    return args, kwargs
+
+
+def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    if embeddings is None:
+        raise ValueError(
+            f"{type(module).__name__} was called without the keyword position_embeddings; pass it by keyword, so that "
+            "its rotation can be removed."
+        )
+    cos, sin = embeddings
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _refuse_packed_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Stop before tokens are added to a cache that holds packed documents: its boundaries are not kept."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if cache is None or module.layer_idx != 0 or torch.compiler.is_compiling():
+        return
+    if getattr(cache, _PACKED_CACHE, False):
+        raise ValueError(
+            "The cache was filled from a row of packed documents, whose boundaries a cache does not keep: further "
+            "tokens would see every document. Give each document its own row to generate, or pass use_cache=False."
+        )
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None and position_ids.shape[-1] > 1:
+        setattr(cache, _PACKED_CACHE, has_packed_documents(kwargs.get("attention_mask"), position_ids))
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Sparse attention under the calling convention of ``transformers.AttentionInterface``.
+
+    Args:
+        module: the attention layer; ``module.config.sparse_attention`` holds the settings.
+        query, key, value: (B, heads, Q, D), (B, key heads, K, D), (B, key heads, K, D_v), floating point.
+        attention_mask: None, bool (B, 1, Q, K) with True = visible, or float with 0 = visible.
+        position_ids: (B or 1, Q); restarts mark packed documents.
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), boundaries of one flattened row.
+
+    Returns:
+        The output (B, Q, heads, D_v), contiguous, and the weights (B, heads, Q, K) if ``output_attentions`` or None.
+
+    Raises:
+        ValueError: the layer was not given sparse attention, or a keyword or mask is not supported.
+    """
+    settings = _settings(module)
+    coefficients = kwargs.pop(_LENGTH_SCALE, None)
+    if coefficients is None:
+        raise ValueError(
+            f"{type(module).__name__} was built without sparse attention, so attn_implementation="
+            f"{settings.preset!r} cannot be switched on afterwards. Call hf_sparse_attention.convert(model, "
+            f"{settings.preset!r}), or load the model with attn_implementation={settings.preset!r}."
+        )
+    _check_keywords(kwargs, settings.preset)
+    if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
+        raise ValueError(
+            "cu_seq_lens_k differs from cu_seq_lens_q; only self-attention over packed rows is supported."
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    num_queries = query.shape[2]
+    if attention_mask is None and causal and num_queries > 1:
+        # The prefill of a static cache: the rest of its slots are empty, and queries are aligned to the first keys.
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    visible = visibility(
+        attention_mask,
+        query,
+        key.shape[2],
+        is_causal=causal,
+        sliding_window=sliding_window,
+        position_ids=position_ids,
+        cu_seqlens=cu_seq_lens_q,
+        seq_idx=seq_idx,
+    )
+    slopes = _slopes(module, settings, query)
+    scale = None
+    if coefficients:
+        scale = query_scale(settings, *coefficients, visible.visible_keys).expand(query.shape[:3])
+        if slopes is not None and not settings.scale_alibi_heads:
+            scale = torch.where(slopes[:, None] > 0, torch.ones_like(scale), scale)
+    query, key, value = _same_dtype(query, key, value)
+    result = sparse_attention(
+        query,
+        key,
+        value,
+        alpha=settings.alpha,
+        scaling=scaling,
+        query_scale=scale,
+        slopes=slopes,
+        attention_mask=visible.attention_mask,
+        key_start=visible.key_start,
+        key_end=visible.key_end,
+        query_positions=visible.query_positions if slopes is not None else None,
+        key_positions=visible.key_positions if slopes is not None else None,
+        top_k=settings.top_k,
+        dropout_p=dropout,
+        return_weights=bool(output_attentions),
+        impl=settings.backend,
+    )
+    output, weights = result if output_attentions else (result, None)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _settings(module: nn.Module) -> SparseAttentionConfig:
+    """The layer's settings, checked against the attention implementation in force."""
+    preset = module.config._attn_implementation
+    stored = module.config.sparse_attention
+    if stored is None:
+        return SparseAttentionConfig(preset=preset)
+    # The dict stays the one place that says what is computed; parsing it costs more than a decode step should.
+    settings = SparseAttentionConfig(**stored) if torch.compiler.is_compiling() else _parse(tuple(stored.items()))
+    if settings.preset != preset:
+        raise ValueError(
+            f"The model was built with attn_implementation={settings.preset!r} and is now set to {preset!r}. Call "
+            f"hf_sparse_attention.convert(model, {preset!r}) to change it."
+        )
+    return settings
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(items: tuple[tuple[str, Any], ...]) -> SparseAttentionConfig:
+    return SparseAttentionConfig.from_dict(dict(items))
+
+
+def _check_keywords(kwargs: dict[str, Any], preset: str) -> None:
+    for name, value in kwargs.items():
+        if value is not None and name not in _IRRELEVANT:
+            raise ValueError(
+                f"attn_implementation={preset!r} does not support the keyword {name!r} that the model passes to its "
+                "attention; use attn_implementation='eager' for this model or do not pass it."
+            )
+
+
+def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor) -> Tensor | None:
+    num_heads = module.config.num_attention_heads
+    if not settings.num_alibi_heads(num_heads):
+        return None
+    if query.shape[1] != num_heads:
+        raise ValueError(
+            f"this process holds {query.shape[1]} of {num_heads} heads: position_encoding="
+            f"{settings.position_encoding!r} gives heads different slopes and does not support tensor parallelism."
+        )
+    return alibi_slopes(settings, num_heads, query.device)
+
+
+def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotation leaves queries and keys in float32 under autocast; attention runs in autocast's dtype, as SDPA does."""
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)

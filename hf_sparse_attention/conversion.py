@@ -1,0 +1,140 @@
+"""Giving attention layers their length scale and hook, at construction or in place on a built model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .attention import prepare_attention_call
+from .config import PRESETS, SparseAttentionConfig, merge_settings
+from .length_scale import LengthScale
+from .models import check_config, is_supported, unsupported_model
+
+logger = logging.get_logger(__name__)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config whose attention is replaced: the text model's in a composite model, else ``config`` itself."""
+    return config.get_text_config(decoder=True)
+
+
+def resolve_settings(config: PreTrainedConfig, preset: str, overrides: dict[str, Any] | None = None) -> None:
+    """Complete ``config.sparse_attention`` for ``preset`` and mark the config so that saving keeps the choice."""
+    stored = config.sparse_attention
+    settings = SparseAttentionConfig.from_dict(merge_settings({"preset": preset, **(stored or {})}, overrides))
+    if settings.preset != preset:
+        logger.warning(
+            f"The config's sparse_attention was written for {settings.preset!r}; it now computes {preset!r}, as asked."
+        )
+        settings = settings.with_preset(preset)
+    settings.num_alibi_heads(config.num_attention_heads)
+    config.sparse_attention = settings.to_dict()
+    # Serialised and honoured on load: without this package, loading stops instead of computing softmax.
+    config.attn_implementation = preset
+
+
+def attach(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+    """Add the length scale and the hook to every attention layer of ``model`` that belongs to ``config``.
+
+    Returns:
+        The layers that were changed; layers that have the hook already are left alone.
+    """
+    settings = SparseAttentionConfig.from_dict(config.sparse_attention)
+    changed = []
+    for module in model.modules():
+        if getattr(module, "config", None) is not config or not is_supported(module) or is_attached(module):
+            continue
+        check_config(config, settings.preset)
+        if settings.length_scaling != "none":
+            like = next(module.parameters())
+            with torch.device(like.device):
+                scale = LengthScale(settings, config.hidden_size, config.num_attention_heads)
+            module.length_scale = scale.to(like.dtype) if like.is_floating_point() else scale
+        module.register_forward_pre_hook(prepare_attention_call, with_kwargs=True)
+        changed.append(module)
+    return changed
+
+
+def detach(model: nn.Module) -> None:
+    """Remove what :func:`attach` added."""
+    for module in model.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if hook is prepare_attention_call:
+                del module._forward_pre_hooks[handle]
+                module._forward_pre_hooks_with_kwargs.pop(handle, None)
+                if hasattr(module, "length_scale"):
+                    del module.length_scale
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Whether an attention layer has the hook."""
+    return any(hook is prepare_attention_call for hook in module._forward_pre_hooks.values())
+
+
+def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: Any) -> list[str]:
+    """Give a built model sparse attention in place.
+
+    Args:
+        model: a transformers model of a supported family, or a PEFT wrapper around one.
+        attn_implementation: one of the presets.
+        **fields: fields of :class:`SparseAttentionConfig`, e.g. ``alpha=1.0, position_encoding="nape"``.
+
+    Returns:
+        Names of the parameters that are new, as in ``model.named_parameters()``.
+
+    Raises:
+        ValueError: a field is wrong, or no attention layer of the model is supported. The model is left unchanged.
+    """
+    if attn_implementation not in PRESETS:
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; allowed: {', '.join(PRESETS)}.")
+    base = _pretrained(model)
+    config = text_config(base.config)
+    if not any(is_supported(module) and getattr(module, "config", None) is config for module in base.modules()):
+        raise unsupported_model(type(base).__name__, attn_implementation)
+    check_config(config, attn_implementation)
+    stored = {key: value for key, value in (config.sparse_attention or {}).items() if key not in PRESETS["softmax"]}
+    settings = SparseAttentionConfig.from_dict({**stored, "preset": attn_implementation, **fields})
+    settings.num_alibi_heads(config.num_attention_heads)
+    before = {name for name, _ in model.named_parameters()}
+    kept = {name: value for name, value in base.state_dict().items() if ".length_scale." in name}
+    detach(base)
+    config.sparse_attention = settings.to_dict()
+    _set_implementation(base, config, attn_implementation)
+    attach(base, config)
+    base.load_state_dict({k: v for k, v in kept.items() if k in base.state_dict()}, strict=False)
+    return [name for name, _ in model.named_parameters() if name not in before]
+
+
+def revert(model: nn.Module, attn_implementation: str = "sdpa") -> None:
+    """Undo :func:`convert`: remove the added parameters and hooks and go back to another attention implementation."""
+    if attn_implementation in PRESETS:
+        raise ValueError(f"revert goes back to transformers' own attention; use convert for {attn_implementation!r}.")
+    base = _pretrained(model)
+    config = text_config(base.config)
+    if not any(is_attached(module) for module in base.modules()):
+        raise ValueError(f"{type(base).__name__} has no sparse attention to remove.")
+    detach(base)
+    config.sparse_attention = None
+    _set_implementation(base, config, attn_implementation)
+    for owner in (config, base.config):
+        owner.__dict__.pop("attn_implementation", None)
+
+
+def _set_implementation(base: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
+    config._attn_implementation_internal = name
+    config.attn_implementation = name
+    if base.config is not config:
+        base.config._attn_implementation_internal = name
+        base.config.attn_implementation = name
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel:
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model or a PEFT wrapper around one, got {type(model).__name__}")
+    return model

@@ -1,0 +1,119 @@
+"""The length scale t of a query: what multiplies its scores, from the number n of keys it sees.
+
+Adaptive and learned: ``t = delta + beta * log(n + 1) ** gamma`` (arXiv 2506.16640, equation 7);
+log: ``t = b * log(n + 1)`` (Scalable-Softmax, arXiv 2501.19399).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .config import SparseAttentionConfig
+
+
+class HeadProjection(nn.Module):
+    """Hidden states (B, L, in_features) to one number per head (B, heads, L).
+
+    Not an ``nn.Linear``: quantisers and PEFT's ``all-linear`` would replace it, and a model's weight initialisation
+    would overwrite its zeros.
+    """
+
+    def __init__(self, in_features: int, num_heads: int, bias: bool, bias_init: float = 0.0) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = num_heads
+        self.bias_init = bias_init
+        self.weight = nn.Parameter(torch.empty(num_heads, in_features))
+        self.bias = nn.Parameter(torch.empty(num_heads)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # Zero weights: with random ones associative recall did not train.
+        init.zeros_(self.weight)
+        if self.bias is not None:
+            init.constant_(self.bias, self.bias_init)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight, self.bias).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, heads={self.out_features}, bias={self.bias is not None}"
+
+
+class HeadConstant(nn.Module):
+    """One learned number per head, shape (1, heads, 1); a 2-D weight, which sharding by heads can split."""
+
+    def __init__(self, num_heads: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.weight = nn.Parameter(torch.empty(num_heads, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, self.value)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight[None].to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.weight.shape[0]}"
+
+
+SCALE_MODULES = (HeadProjection, HeadConstant)
+
+
+class LengthScale(nn.Module):
+    """The learned part of t for one attention layer.
+
+    Args:
+        settings: gives the kind (``length_scaling``), ``gamma_range``, ``projection_bias``, ``beta_bias_init``.
+        hidden_size: features of the hidden states that enter the attention layer.
+        num_heads: query heads.
+    """
+
+    def __init__(self, settings: SparseAttentionConfig, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.kind = settings.length_scaling
+        self.delta = settings.delta
+        self.gamma_range = settings.gamma_range
+        if self.kind == "adaptive":
+            bias = settings.projection_bias
+            self.beta_proj = HeadProjection(hidden_size, num_heads, bias, settings.beta_bias_init)
+            self.gamma_proj = HeadProjection(hidden_size, num_heads, bias)
+        elif self.kind == "learned":
+            self.beta = HeadConstant(num_heads, settings.beta_bias_init)
+            self.gamma = HeadConstant(num_heads, 0.0)
+        elif self.kind == "log":
+            self.factor = HeadConstant(num_heads, 1.0)
+        else:
+            raise ValueError(f"length_scaling {self.kind!r} has no parameters")
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, L, hidden) to beta and gamma, float32, each broadcastable to (B, heads, L)."""
+        if self.kind == "log":
+            factor = self.factor(hidden_states).float()
+            return factor, torch.ones_like(factor)
+        if self.kind == "adaptive":
+            raw_beta, raw_gamma = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
+        else:
+            raw_beta, raw_gamma = self.beta(hidden_states), self.gamma(hidden_states)
+        # softplus as -logsigmoid(-x): F.softplus before a transpose breaks its backward under aot_eager.
+        beta = -F.logsigmoid(-raw_beta.float())
+        return beta, self.gamma_range * torch.tanh(raw_gamma.float())
+
+
+def query_scale(settings: SparseAttentionConfig, beta: Tensor, gamma: Tensor, visible_keys: Tensor) -> Tensor:
+    """t of every query, float32 (B, heads, L).
+
+    Args:
+        settings: gives ``delta`` and the kind of length scaling.
+        beta, gamma: from :class:`LengthScale`, broadcastable to (B, heads, L).
+        visible_keys: number n of keys each query sees, integer (B or 1, heads or 1, L). A query with none gets the
+            scale of n = 1: its output is zero whatever the scale.
+    """
+    log_n = torch.log1p(visible_keys.clamp(min=1).float())
+    offset = 0.0 if settings.length_scaling == "log" else settings.delta
+    return offset + beta * torch.exp(gamma * torch.log(log_n))

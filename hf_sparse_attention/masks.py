@@ -1,0 +1,253 @@
+"""Which keys each query sees, worked out from what transformers hands to an attention function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+_GENERATED = "_sparse_attention_generated"
+_MEMO = "_sparse_attention_memo"
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The visible keys of every query.
+
+    Attributes:
+        attention_mask: bool (B or 1, H or 1, Q, K), True = visible; None where the ranges say everything.
+        key_start, key_end: integer (B or 1, Q), half-open range of visible keys; None where the mask says everything.
+        visible_keys: integer (B or 1, H or 1, Q), how many keys each query sees: n of the length scale.
+        query_positions, key_positions: integer (B or 1, Q) and (B or 1, K) for ALiBi distances, counted over tokens
+            that are visible at all, so that padding between two tokens adds no distance; None: plain indices.
+    """
+
+    attention_mask: Tensor | None
+    key_start: Tensor | None
+    key_end: Tensor | None
+    visible_keys: Tensor
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+
+
+def sparse_attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask function registered for the presets: None or bool (B, 1, Q, K), as for SDPA.
+
+    The mask is marked as made by transformers from padding: document boundaries may be missing in it. A mask that the
+    user made is complete and carries no mark.
+    """
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None and not torch.compiler.is_compiling():
+        setattr(mask, _GENERATED, True)
+    return mask
+
+
+def visibility(
+    attention_mask: Tensor | None,
+    query: Tensor,
+    num_keys: int,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Visibility:
+    """Visible keys of ``query`` (B, H, Q, D) among ``num_keys`` keys.
+
+    Document boundaries of packed rows come from ``cu_seqlens`` (documents + 1), ``seq_idx`` (B, Q) or restarts in
+    ``position_ids`` (B or 1, Q), whichever are given; transformers' own masks drop them when a cache or a 2-D mask is
+    present.
+
+    Raises:
+        ValueError: the mask has a shape or an additive bias that is not supported, or the boundaries do not fit.
+    """
+    num_queries = query.shape[2]
+    check_boundaries(cu_seqlens, seq_idx, query.shape[0], num_queries, num_keys)
+    if attention_mask is None:
+        document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
+        return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
+    boundaries = [t for t in (position_ids, cu_seqlens, seq_idx) if t is not None]
+    generated = getattr(attention_mask, _GENERATED, False) or torch.compiler.is_compiling()
+    rows = _memoised(
+        attention_mask,
+        tuple((id(t), _version(t)) for t in boundaries),
+        lambda: _with_mask(attention_mask, query, num_keys, generated, position_ids, cu_seqlens, seq_idx),
+    )
+    return rows
+
+
+def check_boundaries(
+    cu_seqlens: Tensor | None, seq_idx: Tensor | None, batch: int, num_queries: int, num_keys: int
+) -> None:
+    """Refuse document boundaries that cannot be applied."""
+    if cu_seqlens is not None and (batch != 1 or num_queries != num_keys):
+        raise ValueError(
+            f"cu_seq_lens_q describes one flattened row without a cache, but the batch is {batch} with {num_queries} "
+            f"queries and {num_keys} keys. Pass use_cache=False and one row, or drop cu_seq_lens_q."
+        )
+    if seq_idx is not None and num_queries != num_keys:
+        raise ValueError(
+            f"seq_idx needs as many keys as queries, got {num_keys} and {num_queries}; pass use_cache=False."
+        )
+
+
+def has_packed_documents(attention_mask: Tensor | None, position_ids: Tensor) -> bool:
+    """Whether two visible neighbours of some row belong to different documents (reads the device once)."""
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None:
+        slots = _last_visible(_as_bool(attention_mask, None))
+        restarts = restarts & (slots[:, 1:] > slots[:, :-1]) & (slots[:, :-1] >= 0)
+    return bool(restarts.any())
+
+
+def _without_mask(
+    document_starts: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    is_causal: bool,
+    sliding_window: int | None,
+    device: torch.device,
+) -> Visibility:
+    """Ranges when transformers gives no mask: one query sees all keys, more are aligned to the first keys."""
+    index = torch.arange(num_queries, device=device)[None]
+    if is_causal and num_queries > 1:
+        start = torch.zeros_like(index) if document_starts is None else document_starts
+        end = index + 1
+    else:
+        if document_starts is not None and not torch.compiler.is_compiling() and bool(document_starts.any()):
+            raise ValueError("packed documents with bidirectional attention need a 4-D attention_mask")
+        start, end = torch.zeros_like(index), torch.full_like(index, num_keys)
+    if sliding_window is not None and sliding_window < num_keys:
+        if not is_causal:
+            raise ValueError("a sliding window with bidirectional attention needs a 4-D attention_mask")
+        start = torch.maximum(start, end - sliding_window)
+    return Visibility(None, start, end, (end - start)[:, None])
+
+
+def _with_mask(
+    attention_mask: Tensor,
+    query: Tensor,
+    num_keys: int,
+    generated: bool,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Visibility:
+    batch, heads, num_queries, _ = query.shape
+    expected = (batch, heads, num_queries, num_keys)
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 4 or any(s not in (1, e) for s, e in zip(shape[:2], expected[:2])) or shape[2:] != expected[2:]:
+        raise ValueError(
+            f"attention_mask has shape {shape}; expected ({batch} or 1, {heads} or 1, {num_queries}, {num_keys})."
+        )
+    mask = _as_bool(attention_mask, query.dtype)
+    slots = _last_visible(mask)
+    if generated:
+        mask = _separate_documents(mask, slots, position_ids, cu_seqlens, seq_idx)
+    visible = mask.any(dim=1).any(dim=1)
+    key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
+    query_positions = key_positions.gather(-1, slots.clamp(min=0))
+    return Visibility(mask, None, None, mask.sum(-1), query_positions, key_positions)
+
+
+def _separate_documents(
+    mask: Tensor,
+    slots: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """Hide keys of earlier documents from a mask that transformers made without their boundaries."""
+    starts = _document_starts(mask.device, mask.shape[2], position_ids, cu_seqlens, seq_idx)
+    if starts is None or (not torch.compiler.is_compiling() and not bool(starts.any())):
+        return mask
+    # A restart at query i hides the keys before the slot of query i; restarts on padding (its slot is that of the
+    # token before it, or none) hide nothing from real tokens.
+    starts = starts.expand(slots.shape[0], -1)
+    previous = torch.nn.functional.pad(slots[:, :-1], (1, 0), value=-1)
+    own = torch.where(slots > previous, slots, torch.zeros_like(slots)).clamp(min=0)
+    index = torch.arange(mask.shape[2], device=mask.device)
+    # The first query may go on with a document that is in the cache.
+    is_start = (starts == index) & (index > 0)
+    first_key = torch.where(is_start, own, torch.zeros_like(own)).cummax(-1).values
+    keys = torch.arange(mask.shape[3], device=mask.device)
+    return mask & (keys >= first_key[:, None, :, None])
+
+
+def _document_starts(
+    device: torch.device,
+    num_queries: int,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor | None:
+    """Index of the first query of each query's document, (B or 1, Q); None where nothing can tell."""
+    if num_queries == 1:
+        return None
+    index = torch.arange(num_queries, device=device)[None]
+    starts = None
+    if position_ids is not None:
+        if position_ids.dim() != 2:
+            raise ValueError(f"position_ids has {position_ids.dim()} dimensions; expected (batch, length).")
+        starts = _memoised(
+            position_ids, "starts", lambda: _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index)
+        )
+    if seq_idx is not None:
+        starts = _latest(starts, _runs(seq_idx[:, 1:] != seq_idx[:, :-1], index))
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.to(device=device, dtype=index.dtype)
+        document = torch.searchsorted(bounds, index[0], right=True) - 1
+        starts = _latest(starts, bounds[document.clamp(min=0)][None])
+    return starts
+
+
+def _runs(is_break: Tensor, index: Tensor) -> Tensor:
+    """Start index of the run that each element is in, given where a new run begins (B, Q - 1)."""
+    begins = torch.nn.functional.pad(is_break, (1, 0), value=True)
+    return torch.where(begins, index, torch.zeros_like(index)).cummax(-1).values
+
+
+def _latest(first: Tensor | None, second: Tensor) -> Tensor:
+    return second if first is None else torch.maximum(first, second)
+
+
+def _last_visible(mask: Tensor) -> Tensor:
+    """Index of the last visible key of each query, (B, Q); -1 where there is none."""
+    rows = mask.any(dim=1)
+    last = rows.shape[-1] - 1 - rows.flip(-1).int().argmax(-1)
+    return torch.where(rows.any(-1), last, torch.full_like(last, -1))
+
+
+def _as_bool(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A user's float mask as bool: 0 is visible, a large negative number or -inf hidden, anything else refused."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}.")
+    visible = mask > torch.finfo(torch.float16).min / 2
+    if not torch.compiler.is_compiling() and bool((mask.where(visible, torch.zeros_like(mask)) != 0).any()):
+        raise ValueError(
+            "the 4-D attention_mask holds values other than 0 and a large negative number: additive biases are not "
+            "supported by sparse attention. Use a bool mask, or ALiBi through position_encoding."
+        )
+    return visible
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _memoised(tensor: Tensor, key: Any, compute: Callable[[], Any]) -> Any:
+    """``compute()`` once per tensor and version: every layer of a forward pass is handed the same tensors."""
+    if torch.compiler.is_compiling():
+        return compute()
+    memo = getattr(tensor, _MEMO, None)
+    if memo is None or memo[0] != (_version(tensor), key):
+        memo = ((_version(tensor), key), compute())
+        setattr(tensor, _MEMO, memo)
+    return memo[1]

@@ -1,0 +1,124 @@
+"""Registers the presets with transformers and teaches model construction, loading and saving about them.
+
+Four methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
+``PreTrainedConfig.from_dict``, ``PreTrainedModel.get_correct_attn_implementation``, ``PreTrainedModel.post_init`` and
+``PreTrainedModel._initialize_weights``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging
+
+from .attention import sparse_attention_forward
+from .config import PRESETS, SparseAttentionConfig, merge_settings
+from .conversion import attach, is_attached, resolve_settings, text_config
+from .length_scale import SCALE_MODULES
+from .masks import sparse_attention_mask
+from .models import unsupported_model
+
+logger = logging.get_logger(__name__)
+
+# Sub-models of these kinds keep transformers' attention when their composite model asks for a preset.
+_OTHER_MODALITIES = ("vision_config", "audio_config", "vision_encoder", "speech_config")
+
+
+def register() -> None:
+    """Make the presets available as ``attn_implementation``; calling it again changes nothing."""
+    for name in PRESETS:
+        AttentionInterface.register(name, sparse_attention_forward)
+        AttentionMaskInterface.register(name, sparse_attention_mask)
+    if getattr(PreTrainedModel.post_init, "_sparse_attention", False):
+        return
+    # Known to every config class: from_pretrained(model, sparse_attention={...}) is accepted and stored.
+    PreTrainedConfig.sparse_attention = None
+    from_dict = PreTrainedConfig.__dict__["from_dict"].__func__
+    PreTrainedConfig.from_dict = classmethod(_wrapped(from_dict, _from_dict))
+    for name, wrapper in (
+        ("get_correct_attn_implementation", _get_correct_attn_implementation),
+        ("post_init", _post_init),
+        ("_initialize_weights", _initialize_weights),
+    ):
+        setattr(PreTrainedModel, name, _wrapped(getattr(PreTrainedModel, name), wrapper))
+
+
+def _wrapped(original: Callable, wrapper: Callable) -> Callable:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    method._sparse_attention = True
+    return method
+
+
+def _from_dict(original: Callable, cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """A ``sparse_attention`` given at loading time changes single fields of the stored one."""
+    given, stored = kwargs.get("sparse_attention"), config_dict.get("sparse_attention")
+    if isinstance(given, Mapping) and isinstance(stored, Mapping):
+        kwargs["sparse_attention"] = merge_settings(stored, given)
+    return original(cls, config_dict, **kwargs)
+
+
+def _get_correct_attn_implementation(
+    original: Callable, self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
+) -> str:
+    """A config with settings and no attention implementation asks for the preset of its settings."""
+    is_init_check = kwargs.get("is_init_check", args[0] if args else False)
+    if is_init_check and text_config(self.config) is not self.config:
+        requested_attention = _move_to_text_config(self.config, requested_attention)
+    if requested_attention is None and (stored := self.config.sparse_attention) is not None:
+        requested_attention = SparseAttentionConfig.from_dict(stored).preset
+    return original(self, requested_attention, *args, **kwargs)
+
+
+def _move_to_text_config(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """In a composite model the text model has the settings, and the other sub-models keep transformers' attention."""
+    text = text_config(config)
+    if config.sparse_attention is not None:
+        text.sparse_attention = merge_settings(text.sparse_attention or {}, config.sparse_attention)
+        config.sparse_attention = None
+    if requested is None and text.sparse_attention is not None:
+        requested = SparseAttentionConfig.from_dict(text.sparse_attention).preset
+    if requested in PRESETS:
+        for key in config.sub_configs:
+            sub_config = getattr(config, key, None)
+            if sub_config is not None:
+                sub_config._attn_implementation = requested if sub_config is text else None
+        config.attn_implementation = requested
+    return requested
+
+
+def _post_init(original: Callable, self: PreTrainedModel) -> None:
+    preset, config = self.config._attn_implementation, self.config
+    if preset in PRESETS and text_config(config) is config:
+        resolve_settings(config, preset)
+        attach(self, config)
+        if (
+            not any(map(is_attached, self.modules()))
+            and getattr(config, "base_config_key", "") not in _OTHER_MODALITIES
+        ):
+            raise unsupported_model(type(self).__name__, preset)
+    elif config.sparse_attention is not None and preset not in PRESETS:
+        config.attn_implementation = preset
+        logger.warning(
+            f"config.sparse_attention is set, but the model computes attn_implementation={preset!r}, as asked."
+        )
+    original(self)
+
+
+def _initialize_weights(
+    original: Callable, self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    """Scale modules have their own initial values, also when a checkpoint does not hold them."""
+    if isinstance(module, SCALE_MODULES):
+        if not getattr(module, "_is_hf_initialized", False):
+            module.reset_parameters()
+            module._is_hf_initialized = True
+        return
+    original(self, module, *args, **kwargs)
