@@ -1,0 +1,1 @@
+"""Share of needle answers found in the generated text."""

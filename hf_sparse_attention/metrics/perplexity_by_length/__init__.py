@@ -1,0 +1,1 @@
+"""Perplexity of the same target tokens under contexts of different lengths."""
