@@ -20,6 +20,8 @@ Training on retrieval (see ``make_training_rows``) draws other keys, other value
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import hashlib
 import random
 import re
 import uuid
@@ -174,6 +176,15 @@ class NeedleSource:
         self._prefix = _bos_ids(tokenizer, bos)
         self._texts = {"noise": NOISE, "essay": essay_text}
         self._haystacks: dict[str, Haystack] = {}
+
+    def settings(self) -> dict[str, object]:
+        """What, besides the tokenizer and the arguments of ``sample``, determines the samples."""
+        essay = self._texts["essay"] or ""
+        return {
+            **dataclasses.asdict(self.format),
+            "essay": hashlib.sha256(essay.encode()).hexdigest(),
+            "bos": bool(self._prefix),
+        }
 
     def haystack(self, kind: str) -> Haystack:
         if kind not in self._haystacks:

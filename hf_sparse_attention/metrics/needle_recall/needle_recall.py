@@ -8,8 +8,8 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-Recall of needle-in-a-haystack answers: for each sample, the share of its answers that occur in the generated text (upper
-and lower case alike), then the mean over the samples. One answer per sample makes this the share of needles found.
+Recall of needle-in-a-haystack answers: for each sample, the share of its answers that occur in the generated text
+(upper and lower case alike), then the mean over the samples: with one answer per sample, the share of needles found.
 """
 
 _KWARGS_DESCRIPTION = """

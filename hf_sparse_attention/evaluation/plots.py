@@ -1,0 +1,99 @@
+"""Pictures of the evaluation recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_perplexity(
+    path: Path, results: Mapping[str, Mapping[str, Any]], train_length: int, unigram: float | None = None
+) -> None:
+    """Perplexity with its interval against length on the left, loss by position on the right; one line per checkpoint.
+
+    Args:
+        results: per checkpoint ``by_length`` and ``by_position`` as in the recipe's JSON.
+        unigram: perplexity without context, drawn as a dotted line.
+    """
+    figure, ((left, right),) = _figure(1, 2, width=10.0, height=4.0)
+    for number, (name, result) in enumerate(results.items()):
+        style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
+        lengths = [int(length) for length in result["by_length"]]
+        values = list(result["by_length"].values())
+        left.plot(lengths, [value["perplexity"] for value in values], **style)
+        low, high = ([value[key] for value in values] for key in ("low", "high"))
+        left.fill_between(lengths, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        buckets = result["by_position"]
+        right.plot([bucket["last"] for bucket in buckets], [bucket["loss"] for bucket in buckets], **style)
+    if unigram is not None:
+        left.axhline(unigram, color="0.5", linestyle=":", label="unigram")
+    left.set_yscale("log")
+    left.set_ylabel("perplexity of the same target tokens")
+    right.set_ylabel("mean loss (nats per token)")
+    for axes, label in ((left, "context length (tokens)"), (right, "position (tokens read before)")):
+        _length_axis(axes, label, train_length)
+    ticks = sorted({int(length) for result in results.values() for length in result["by_length"]})
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
+    left.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_needles(
+    path: Path,
+    grids: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    train_length: int,
+) -> None:
+    """One heat map per checkpoint (row) and task (column).
+
+    Args:
+        grids: per checkpoint and task the recall, one row per depth, one column per length.
+    """
+    tasks = list(next(iter(grids.values())))
+    width, height = 1.6 + 0.55 * len(lengths), 0.9 + 0.28 * len(depths)
+    size = {"width": width * len(tasks) + 0.8, "height": height * len(grids) + 0.4}
+    figure, axes_grid = _figure(len(grids), len(tasks), **size)
+    beyond = next((i for i, length in enumerate(lengths) if length > train_length), len(lengths))
+    for axes_row, (name, by_task) in zip(axes_grid, grids.items(), strict=True):
+        for axes, task in zip(axes_row, tasks, strict=True):
+            image = axes.imshow(by_task[task], vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+            axes.set_title(f"{name}: {task}", fontsize=9)
+            axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=7, rotation=45)
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+            if 0 < beyond < len(lengths):
+                axes.axvline(beyond - 0.5, color="white", linestyle="--", linewidth=1)
+    for axes in axes_grid[-1]:
+        axes.set_xlabel("length (tokens); trained left of the dashed line", fontsize=7)
+    for axes in axes_grid[:, 0]:
+        axes.set_ylabel("depth of the needle", fontsize=8)
+    figure.colorbar(image, ax=axes_grid, label="needles found", fraction=0.05)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    # A figure of its own canvas: no global state, no display needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _length_axis(axes: Axes, label: str, train_length: int) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(label)
+    axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
+    axes.text(train_length, 0.98, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
+    axes.grid(alpha=0.25)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
