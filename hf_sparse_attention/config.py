@@ -101,9 +101,7 @@ class SparseAttentionConfig:
         """Build from a mapping, naming any field that does not exist."""
         if isinstance(values, SparseAttentionConfig):
             values = values.to_dict()
-        if values is not None and not isinstance(values, Mapping):
-            raise TypeError(f"sparse_attention must be a mapping of fields, got {type(values).__name__}: {values!r}")
-        merged = {**(values or {}), **overrides}
+        merged = merge_settings(values, overrides)
         known = [f.name for f in dataclasses.fields(cls)]
         for name in merged:
             if name not in known:
@@ -156,12 +154,13 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def merge_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+def merge_settings(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """``stored`` with ``overrides`` on top; a new preset brings its own alpha, length_scaling and top_k."""
-    merged = dict(stored)
-    if overrides:
-        if overrides.get("preset", merged.get("preset")) != merged.get("preset"):
-            for name in PRESETS["softmax"]:
-                merged.pop(name, None)
-        merged.update(overrides)
-    return merged
+    for values in (stored, overrides):
+        if values is not None and not isinstance(values, Mapping):
+            raise TypeError(f"sparse_attention must be a mapping of fields, got {type(values).__name__}: {values!r}")
+    merged, overrides = dict(stored or {}), dict(overrides or {})
+    if overrides.get("preset", merged.get("preset")) != merged.get("preset"):
+        for name in PRESETS["softmax"]:
+            merged.pop(name, None)
+    return {**merged, **overrides}

@@ -19,13 +19,14 @@ logger = logging.get_logger(__name__)
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config whose attention is replaced: the text model's in a composite model, else ``config`` itself."""
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    # An encoder-decoder config answers with a rewritten copy of itself.
+    return text if any(text is getattr(config, key, None) for key in config.sub_configs) else config
 
 
-def resolve_settings(config: PreTrainedConfig, preset: str, overrides: dict[str, Any] | None = None) -> None:
+def resolve_settings(config: PreTrainedConfig, preset: str) -> None:
     """Complete ``config.sparse_attention`` for ``preset`` and mark the config so that saving keeps the choice."""
-    stored = config.sparse_attention
-    settings = SparseAttentionConfig.from_dict(merge_settings({"preset": preset, **(stored or {})}, overrides))
+    settings = SparseAttentionConfig.from_dict(merge_settings({"preset": preset}, config.sparse_attention))
     if settings.preset != preset:
         logger.warning(
             f"The config's sparse_attention was written for {settings.preset!r}; it now computes {preset!r}, as asked."
@@ -96,8 +97,9 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
     if not any(is_supported(module) and getattr(module, "config", None) is config for module in base.modules()):
         raise unsupported_model(type(base).__name__, attn_implementation)
     check_config(config, attn_implementation)
-    stored = {key: value for key, value in (config.sparse_attention or {}).items() if key not in PRESETS["softmax"]}
-    settings = SparseAttentionConfig.from_dict({**stored, "preset": attn_implementation, **fields})
+    settings = SparseAttentionConfig.from_dict(
+        merge_settings(config.sparse_attention, {"preset": attn_implementation, **fields})
+    )
     settings.num_alibi_heads(config.num_attention_heads)
     before = {name for name, _ in model.named_parameters()}
     kept = {name: value for name, value in base.state_dict().items() if ".length_scale." in name}
@@ -118,10 +120,10 @@ def revert(model: nn.Module, attn_implementation: str = "sdpa") -> None:
     if not any(is_attached(module) for module in base.modules()):
         raise ValueError(f"{type(base).__name__} has no sparse attention to remove.")
     detach(base)
-    config.sparse_attention = None
     _set_implementation(base, config, attn_implementation)
     for owner in (config, base.config):
-        owner.__dict__.pop("attn_implementation", None)
+        for name in ("sparse_attention", "attn_implementation"):
+            owner.__dict__.pop(name, None)
 
 
 def _set_implementation(base: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:

@@ -1,0 +1,24 @@
+"""Every test starts from the same seed, on one thread per process, and needs no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    set_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,111 @@
+"""Composite models: the text model gets sparse attention, the vision tower keeps transformers' own."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+FIELDS = {"position_encoding": "nape"}
+
+
+def llava(**kwargs):
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig(**VISION), image_token_id=60, **kwargs
+    )
+    return LlavaForConditionalGeneration, config, 4
+
+
+def gemma3(**kwargs):
+    config = Gemma3Config(
+        text_config={**TEXT, "layer_types": ["full_attention"] * 2},
+        vision_config=SiglipVisionConfig(**VISION).to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=58,
+        eoi_token_index=59,
+        **kwargs,
+    )
+    return Gemma3ForConditionalGeneration, config, 4
+
+
+@pytest.fixture(params=[llava, gemma3])
+def composite(request, tmp_path):
+    model_class, config, image_tokens = request.param()
+    model_class(config).save_pretrained(tmp_path / "plain")
+    model = model_class.from_pretrained(
+        tmp_path / "plain", attn_implementation="asentmax", sparse_attention=FIELDS
+    ).eval()
+    ids = torch.tensor([[5, *[60] * image_tokens, 7, 8, 9]])
+    return model, {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 28, 28),
+        "token_type_ids": (ids == 60).long(),
+    }
+
+
+def forward(model, inputs):
+    if isinstance(model, LlavaForConditionalGeneration):
+        inputs = {k: v for k, v in inputs.items() if k != "token_type_ids"}
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def test_only_the_text_model_is_changed(composite):
+    model, inputs = composite
+    assert model.config.text_config.sparse_attention["position_encoding"] == "nape"
+    assert model.config.text_config._attn_implementation == "asentmax"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    names = [name for name, _ in model.named_parameters() if ".length_scale." in name]
+    assert len(names) == 8
+    assert all("language_model" in name for name in names)
+    assert forward(model, inputs).isfinite().all()
+
+
+def test_save_and_load(composite, tmp_path):
+    model, inputs = composite
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse").eval()
+    assert loaded.config.text_config.sparse_attention == model.config.text_config.sparse_attention
+    assert loaded.config.vision_config._attn_implementation == "sdpa"
+    assert torch.equal(forward(loaded, inputs), forward(model, inputs))
+
+
+def test_generate(composite):
+    model, inputs = composite
+    if isinstance(model, LlavaForConditionalGeneration):
+        inputs.pop("token_type_ids")
+    tokens = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_a_vision_tower_alone_is_refused():
+    config = SiglipVisionConfig(**VISION)
+    config._attn_implementation = "asentmax"
+    with pytest.raises(ValueError, match=r"no attention layer|built without sparse attention"):
+        SiglipVisionModel(config)(torch.randn(1, 3, 28, 28))

@@ -1,0 +1,97 @@
+"""Importing the package: idempotent, invisible to models that do not ask for a preset, enforced on reload."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import alone, prompts, tiny_config, tiny_model
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+import hf_sparse_attention
+from hf_sparse_attention import PRESETS
+
+STOCK = """
+import sys, torch, transformers
+if sys.argv[1] == "plugin":
+    import hf_sparse_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+results = []
+for attention in ("eager", "sdpa", None):
+    config = LlamaConfig(vocab_size=31, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, attn_implementation=attention)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 31, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    out = model(ids, attention_mask=mask, labels=ids, output_attentions=attention == "eager")
+    out.loss.backward()
+    results += [out.logits, model.model.layers[0].self_attn.q_proj.weight.grad, *(out.attentions or ())]
+    results.append(model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
+torch.save(results, sys.argv[2])
+"""
+
+
+def test_importing_twice_is_harmless():
+    wrapped = [PreTrainedModel.post_init, PreTrainedModel._initialize_weights, PreTrainedConfig.from_dict.__func__]
+    hf_sparse_attention.register()
+    assert wrapped == [
+        PreTrainedModel.post_init,
+        PreTrainedModel._initialize_weights,
+        PreTrainedConfig.from_dict.__func__,
+    ]
+    assert set(PRESETS) <= set(AttentionInterface().valid_keys())
+    assert set(PRESETS) <= set(AttentionMaskInterface().valid_keys())
+
+
+def test_other_models_compute_bit_for_bit_the_same(tmp_path):
+    for mode in ("plain", "plugin"):
+        subprocess.run([sys.executable, "-c", STOCK, mode, str(tmp_path / mode)], check=True, capture_output=True)
+    plain, plugin = (torch.load(tmp_path / mode, weights_only=True) for mode in ("plain", "plugin"))
+    assert len(plain) == len(plugin) == 11
+    assert all(torch.equal(a, b) for a, b in zip(plain, plugin))
+
+
+def test_loading_without_the_package_stops(tmp_path):
+    tiny_model(position="nape").save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'attn_implementation="asentmax"` is not supported' in result.stderr
+
+
+def test_a_later_eager_model_still_returns_attentions():
+    tiny_model()
+    model = AutoModelForCausalLM.from_config(tiny_config(attn_implementation="eager"))
+    out = model(torch.stack(prompts(5)), output_attentions=True)
+    assert [tuple(a.shape) for a in out.attentions] == [(1, 6, 5, 5)] * 2
+
+
+def test_models_of_different_settings_side_by_side():
+    nape, plain = tiny_model(position="nape"), tiny_model(preset="softmax")
+    (row,) = prompts(7)
+    before = alone(nape, row)
+    alone(plain, row)
+    assert torch.equal(alone(nape, row), before)
+    assert plain.config.sparse_attention["position_encoding"] == "model"
+
+
+def test_saved_config_is_plain_json(tmp_path):
+    tiny_model(position="nape").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attn_implementation"] == "asentmax"
+    assert config["sparse_attention"]["position_encoding"] == "nape"
+    assert "auto_map" not in config
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_explicit_choice_is_respected_and_survives_saving(tmp_path, attention):
+    tiny_model(position="nape").save_pretrained(tmp_path / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert not any(".length_scale." in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path / "plain")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config._attn_implementation == attention
