@@ -29,7 +29,7 @@ def _option(help: str, default: Any) -> Any:
 
 @dataclass
 class SparseAttentionConfig:
-    """Settings of one model's attention (arXiv 2506.16640, sections 3 and 4). All values are JSON scalars.
+    """Settings of one model's attention (ASEntmax, arXiv 2506.16640). All values are JSON scalars.
 
     The score of query i and key j, over the ``n_i`` keys that query sees, is
     ``q_i . k_j * scaling * t_i - slope * (i - j)`` with ``t_i = delta + beta_i * log(n_i + 1) ** gamma_i``.

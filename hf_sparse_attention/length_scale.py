@@ -1,6 +1,6 @@
 """The length scale t of a query: what multiplies its scores, from the number n of keys it sees.
 
-Adaptive and learned: ``t = delta + beta * log(n + 1) ** gamma`` (arXiv 2506.16640, equation 7);
+Adaptive and learned: ``t = delta + beta * log(n + 1) ** gamma`` (ASEntmax, arXiv 2506.16640);
 log: ``t = b * log(n + 1)`` (Scalable-Softmax, arXiv 2501.19399).
 """
 

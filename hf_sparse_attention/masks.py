@@ -71,14 +71,11 @@ def visibility(
     if attention_mask is None:
         document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
         return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
-    boundaries = [t for t in (position_ids, cu_seqlens, seq_idx) if t is not None]
     generated = getattr(attention_mask, _GENERATED, False) or torch.compiler.is_compiling()
-    rows = _memoised(
-        attention_mask,
-        tuple((id(t), _version(t)) for t in boundaries),
+    return _memoised(
+        (attention_mask, position_ids, cu_seqlens, seq_idx),
         lambda: _with_mask(attention_mask, query, num_keys, generated, position_ids, cu_seqlens, seq_idx),
     )
-    return rows
 
 
 def check_boundaries(
@@ -194,9 +191,7 @@ def _document_starts(
     if position_ids is not None:
         if position_ids.dim() != 2:
             raise ValueError(f"position_ids has {position_ids.dim()} dimensions; expected (batch, length).")
-        starts = _memoised(
-            position_ids, "starts", lambda: _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index)
-        )
+        starts = _memoised((position_ids,), lambda: _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index))
     if seq_idx is not None:
         starts = _latest(starts, _runs(seq_idx[:, 1:] != seq_idx[:, :-1], index))
     if cu_seqlens is not None:
@@ -238,16 +233,13 @@ def _as_bool(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
     return visible
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _memoised(tensor: Tensor, key: Any, compute: Callable[[], Any]) -> Any:
-    """``compute()`` once per tensor and version: every layer of a forward pass is handed the same tensors."""
+def _memoised(inputs: tuple[Tensor | None, ...], compute: Callable[[], Any]) -> Any:
+    """``compute()`` once for the same inputs, kept on the first: all layers of a forward are handed the same ones."""
     if torch.compiler.is_compiling():
         return compute()
-    memo = getattr(tensor, _MEMO, None)
-    if memo is None or memo[0] != (_version(tensor), key):
-        memo = ((_version(tensor), key), compute())
-        setattr(tensor, _MEMO, memo)
-    return memo[1]
+    versions = [None if t is None or t.is_inference() else t._version for t in inputs]
+    memo = getattr(inputs[0], _MEMO, None)
+    if memo is None or memo[1] != versions or any(a is not b for a, b in zip(memo[0], inputs[1:])):
+        memo = (inputs[1:], versions, compute())
+        setattr(inputs[0], _MEMO, memo)
+    return memo[2]

@@ -1,4 +1,4 @@
-"""ALiBi slopes and the length scale's share of heads under NAPE (arXiv 2506.16640, section 4.2)."""
+"""The ALiBi slope of each head, also under NAPE (arXiv 2506.16640)."""
 
 from __future__ import annotations
 

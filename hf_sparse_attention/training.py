@@ -150,5 +150,7 @@ class AlphaScheduleCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None:
-            logs["alpha"] = get_alpha(self.schedule.model)
+        # The history was written before callbacks are told, trackers and the console come after.
+        for entry in (logs, state.log_history[-1] if state.log_history else None):
+            if entry is not None:
+                entry["alpha"] = get_alpha(self.schedule.model)
