@@ -10,7 +10,7 @@ import torch
 from entmax import entmax15, entmax_bisect, sparsemax
 from torch import Tensor
 
-from .visibility import Visibility, key_distance
+from .visibility import Visibility, alibi_positions
 
 # Below this the bisection loses more digits than softmax differs from entmax.
 _SOFTMAX_LIMIT = 1e-9
@@ -51,8 +51,9 @@ def reference_attention(
     queries = queries.view(batch, key_heads, query_heads // key_heads, query_length, head_dim)
     scores = (queries @ key.to(dtype)[:, :, None].mT).view(batch, query_heads, query_length, key_length)
     if slopes is not None:
-        distance = key_distance(query_length, key_length, query_positions, key_positions, query.device)
-        scores = scores - slopes.to(dtype)[:, None, None] * distance.to(dtype)[:, None]
+        query_at, key_at = alibi_positions(query_length, key_length, query_positions, key_positions, query.device)
+        distance = (query_at[:, :, None] - key_at[:, None, :]).abs().to(dtype)  # [B or 1, Lq, Lk]
+        scores = scores - slopes.to(dtype)[:, None, None] * distance[:, None]
 
     weights = entmax_weights(scores, alpha, visibility.dense(query, key), top_k)
     weights = torch.nn.functional.dropout(weights, dropout_p)
@@ -80,14 +81,18 @@ def entmax_weights(scores: Tensor, alpha: float, visible: Tensor | None = None, 
         smallest_kept = scores.detach().topk(top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
 
-    if alpha - 1.0 < _SOFTMAX_LIMIT:
-        weights = scores.softmax(-1)
-    elif alpha == 1.5:
-        weights = entmax15(scores, dim=-1)
-    elif alpha == 2.0:
-        weights = sparsemax(scores, dim=-1)
-    else:
-        # The bisection loses digits near alpha = 1, and at scores of 1e4 unless they are shifted first.
-        shifted = (scores - scores.detach().amax(-1, keepdim=True)).to(torch.float64)
-        weights = entmax_bisect(shifted, alpha, dim=-1, n_iter=_BISECTIONS).to(scores.dtype)
+    weights = scores.softmax(-1) if alpha - 1.0 < _SOFTMAX_LIMIT else _entmax(scores, alpha)
     return weights if visible is None else weights.masked_fill(~visible, 0.0)
+
+
+def _entmax(scores: Tensor, alpha: float) -> Tensor:
+    """alpha-entmax for alpha > 1, in float64: sums over sorted rows and powers of 1 / (alpha - 1) lose digits."""
+    shifted = (scores - scores.detach().amax(-1, keepdim=True)).to(torch.float64)
+    if alpha == 2.0:
+        weights = sparsemax(shifted, dim=-1)
+    elif alpha == 1.5 and scores.dtype != torch.float64:
+        # Accurate to 1e-8 only when many scores are tied at the edge of the support.
+        weights = entmax15(shifted, dim=-1)
+    else:
+        weights = entmax_bisect(shifted, alpha, dim=-1, n_iter=_BISECTIONS)
+    return weights.to(scores.dtype)

@@ -97,16 +97,16 @@ def _combine(bounds: list[Tensor], tightest, key_length: int) -> Tensor | None:
     return result.clamp(0, key_length).to(torch.int32)
 
 
-def key_distance(
+def alibi_positions(
     query_length: int,
     key_length: int,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
     device: torch.device,
-) -> Tensor:
-    """ALiBi distances ``|query_position - key_position|``, int64 (B or 1, Lq, Lk)."""
+) -> tuple[Tensor, Tensor]:
+    """Positions between which ALiBi measures distance, int64 (B or 1, Lq) and (B or 1, Lk)."""
     if query_positions is None:
         query_positions = torch.arange(query_length, device=device)[None] + (key_length - query_length)
     if key_positions is None:
         key_positions = torch.arange(key_length, device=device)[None]
-    return (query_positions.to(torch.int64)[:, :, None] - key_positions.to(torch.int64)[:, None, :]).abs()
+    return query_positions.to(torch.int64), key_positions.to(torch.int64)
