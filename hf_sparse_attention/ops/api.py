@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dispatch import choose_backend, run_triton
+from .library import chunked_attention
 from .reference import reference_attention
 from .visibility import resolve_visibility
 
+_LARGEST = sys.float_info.max
+_BELOW_ONE = math.nextafter(1.0, 0.0)
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 
 
@@ -63,7 +68,10 @@ def sparse_attention(
         top_k: softmax over the largest ``top_k`` visible scores (ties with the last one kept); needs ``alpha=1``.
         dropout_p: probability of dropping a weight, in [0, 1).
         return_weights: also return the weights; computed densely.
-        impl: backend. "auto" takes the fastest one that supports the arguments.
+        impl: backend. "auto" takes the fastest one that supports the arguments, and says why (once) when that is not
+            Triton on a CUDA device. Another backend that does not support the arguments is an error.
+
+    Under autocast, query, key and value are cast to its dtype, as for PyTorch's own attention.
 
     All conditions on visibility hold together.
 
@@ -74,12 +82,14 @@ def sparse_attention(
         ValueError: an argument has a value, shape, dtype or device that is not allowed; the message names it.
         TypeError: an argument has the wrong type.
     """
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
     alpha = _check_number("alpha", alpha, 1.0, 2.0, "a number in [1, 2]")
-    dropout_p = _check_number("dropout_p", dropout_p, 0.0, math.nextafter(1.0, 0.0), "a number in [0, 1)")
+    dropout_p = _check_number("dropout_p", dropout_p, 0.0, _BELOW_ONE, "a number in [0, 1)")
     if scaling is None:
         scaling = query.shape[3] ** -0.5
-    scaling = _check_number("scaling", scaling, -math.inf, math.inf, "a finite number, or None")
+    else:
+        scaling = _check_number("scaling", scaling, -_LARGEST, _LARGEST, "a finite number, or None")
     _check_count("sliding_window", sliding_window)
     _check_count("top_k", top_k)
     if top_k is not None and alpha != 1.0:
@@ -116,8 +126,22 @@ def sparse_attention(
         "top_k": top_k,
         "dropout_p": dropout_p,
     }
-    output, weights = reference_attention(query, key, value, **arguments)
-    return (output, weights) if return_weights else output
+    backend = choose_backend(impl, query, key, value, return_weights=return_weights, **arguments)
+    if backend == "reference":
+        output, weights = reference_attention(query, key, value, **arguments)
+        return (output, weights) if return_weights else output
+    if backend == "triton":
+        return run_triton(query, key, value, **arguments)
+    return chunked_attention(query, key, value, **arguments)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    can_cast = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors)
+    return tuple(tensor.to(dtype) for tensor in tensors) if can_cast else tensors
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -236,7 +260,7 @@ def _check_integers(name: str, tensor: Tensor) -> None:
 def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}: {value!r}.")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
     return float(value)
 
