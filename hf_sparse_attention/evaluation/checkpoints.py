@@ -64,10 +64,7 @@ def parse_specs(models: Sequence[str], rope_scaling: Sequence[str] = ("none",)) 
 
 def load_config(spec: CheckpointSpec):
     """The model config of a checkpoint folder or Hub name."""
-    if not Path(spec.path).exists() and (spec.path.startswith((".", "/", "~")) or spec.path.count("/") != 1):
-        raise CheckpointError(f"models: {spec.name}: no folder {spec.path!r}.")
-    if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
-        raise CheckpointError(f"models: {spec.name}: {spec.path} has no config.json, so it is not a saved model.")
+    _check_folder(spec)
     try:
         return AutoConfig.from_pretrained(spec.path)
     except (OSError, ValueError, KeyError) as error:
@@ -76,6 +73,8 @@ def load_config(spec: CheckpointSpec):
 
 def load_tokenizer(spec: CheckpointSpec, override: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a checkpoint, or ``override``."""
+    if override is None:
+        _check_folder(spec)
     path = override or spec.path
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -164,6 +163,13 @@ def reset_dynamic_rope(model: torch.nn.Module) -> None:
         if getattr(module, "rope_type", None) == "dynamic":
             module.register_buffer("inv_freq", module.original_inv_freq.to(module.inv_freq.device), persistent=False)
             module.max_seq_len_cached = module.original_max_seq_len
+
+
+def _check_folder(spec: CheckpointSpec) -> None:
+    if not Path(spec.path).exists() and (spec.path.startswith((".", "/", "~")) or spec.path.count("/") != 1):
+        raise CheckpointError(f"models: {spec.name}: no folder {spec.path!r}.")
+    if Path(spec.path).exists() and not (Path(spec.path) / "config.json").is_file():
+        raise CheckpointError(f"models: {spec.name}: {spec.path} has no config.json, so it is not a saved model.")
 
 
 def _scale_rope(config, spec: CheckpointSpec, train_length: int, max_length: int, factor: float | None) -> None:
