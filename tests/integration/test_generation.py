@@ -1,0 +1,65 @@
+"""Generation modes beyond greedy decoding of a padded batch, which test_invariance.py covers."""
+
+import pytest
+import torch
+from families import alone, prompts, tiny_model
+from transformers import StaticCache
+
+
+def greedy(model, row, steps):
+    for _ in range(steps):
+        row = torch.cat([row, alone(model, row)[-1].argmax()[None]])
+    return row.tolist()
+
+
+@pytest.fixture(params=["model", "nape"])
+def model(request):
+    return tiny_model("llama", position=request.param)
+
+
+def test_static_cache(model):
+    (row,) = prompts(7)
+    tokens = model.generate(row[None], max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert tokens[0].tolist() == greedy(model, row, 6)
+
+
+def test_assisted_and_prompt_lookup(model):
+    (row,) = prompts(7)
+    expected = greedy(model, row, 6)
+    assistant = tiny_model("llama", preset="softmax")
+    for extra in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        assert model.generate(row[None], max_new_tokens=6, do_sample=False, **extra)[0].tolist() == expected
+
+
+def test_beam_search_scores_are_those_of_the_model(model):
+    (row,) = prompts(5)
+    out = model.generate(
+        row[None], max_new_tokens=3, num_beams=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    tokens = out.sequences[0]
+    log_probs = alone(model, tokens).log_softmax(-1)
+    total = sum(log_probs[i - 1, tokens[i]] for i in range(5, 8))
+    torch.testing.assert_close(out.sequences_scores[0], total / 3, atol=1e-3, rtol=1e-3)
+
+
+def test_sampling_is_reproducible(model):
+    (row,) = prompts(5)
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        samples.append(model.generate(row[None], max_new_tokens=6, do_sample=True).tolist())
+    assert samples[0] == samples[1]
+
+
+def test_compiled_decode_on_a_static_cache(model):
+    (row,) = prompts(6)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = alone(model, torch.cat([row, row]))
+    with torch.no_grad():
+        model(row[None], past_key_values=cache, position_ids=torch.arange(6)[None])
+        for step, token in enumerate(row):
+            positions = torch.tensor([[6 + step]])
+            logits = compiled(token.view(1, 1), past_key_values=cache, position_ids=positions).logits[0, 0]
+            torch.testing.assert_close(logits, expected[6 + step], atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
