@@ -146,10 +146,16 @@ def _with_mask(
     slots = _last_visible(mask)
     if generated:
         mask = _separate_documents(mask, slots, position_ids, cu_seqlens, seq_idx)
+    counts = mask.sum(-1)
+    if mask.shape[1] == 1 and not torch.compiler.is_compiling():
+        start = mask[:, 0].int().argmax(-1)
+        if bool((counts[:, 0] == slots + 1 - start).all()):
+            # No holes: ranges say the same, and every backend is faster with them.
+            return Visibility(None, start, slots + 1, counts, slots.clamp(min=0))
     visible = mask.any(dim=1).any(dim=1)
     key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
     query_positions = key_positions.gather(-1, slots.clamp(min=0))
-    return Visibility(mask, None, None, mask.sum(-1), query_positions, key_positions)
+    return Visibility(mask, None, None, counts, query_positions, key_positions)
 
 
 def _separate_documents(
