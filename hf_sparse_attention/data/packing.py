@@ -289,10 +289,12 @@ class _StreamReader:
     """A streamed data set in stored order. A position is the data set's own state."""
 
     def __init__(self, documents: datasets.IterableDataset) -> None:
-        self._documents = documents
-        self._beginning = documents.state_dict()
+        # A fresh view: the data set itself may have been iterated over before, and would go on from there.
+        self._documents = documents.select_columns(["text"])
+        self._beginning = self._documents.state_dict()
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._at: tuple[int, Any] | None = None
+        self._epoch = 0
         self.size: int | None = None
         self.described = "streamed documents"
 

@@ -1,0 +1,362 @@
+r"""Train a causal language model from scratch, or go on with a checkpoint under another attention.
+
+    accelerate launch --config_file recipes/configs/accelerate/one_gpu.yaml recipes/pretrain.py \
+        recipes/configs/train/asentmax.yaml --output_dir outputs/my_model
+
+The first argument may be a YAML file; flags override it; --help lists all options (pretrain_options.py). The same
+command with --resume latest continues after any interruption, with the same losses. Everything lands in output_dir:
+the model, tokenizer and card at its top, checkpoint-* folders, metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pretrain_options import DataOptions, ModelOptions, RunOptions
+from pretrain_setup import build_model, make_tokenizer, training_rows, validation_rows
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import hf_sparse_attention
+from hf_sparse_attention.arguments import ArgumentError, parse_arguments
+from hf_sparse_attention.checkpoints import (
+    CheckpointError,
+    checkpoint_name,
+    find_checkpoint,
+    list_checkpoints,
+    locked_folder,
+    read_state,
+    remove_old,
+    write_checkpoint,
+)
+from hf_sparse_attention.data import DataError, collate_rows, is_local, load_documents
+from hf_sparse_attention.modelcard import Measurement, create_model_card
+from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
+
+IGNORED_LABEL = -100
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training cannot go on: loss or gradients are NaN or infinite."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_options, data_options, options = parse_arguments(
+        ModelOptions, DataOptions, RunOptions, argv=argv, description=__doc__.splitlines()[0]
+    )
+    try:
+        stopped_by = run(model_options, data_options, options)
+    except (ArgumentError, CheckpointError, DataError, NonFiniteLoss, OSError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+
+
+def run(model_options: ModelOptions, data_options: DataOptions, options: RunOptions) -> int | None:
+    """Train to the end or to a signal, whose number is returned."""
+    output = Path(options.output_dir)
+    accelerator = Accelerator(
+        # Without this, processes on a machine without an accelerator would each train alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=options.mixed_precision,
+        log_with=options.trackers,
+        project_dir=options.output_dir,
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise ArgumentError(
+            f"FSDP is configured, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device}; "
+            "use multi_gpu.yaml or cpu.yaml here"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ArgumentError(f"mixed_precision is {accelerator.mixed_precision!r}; allowed: no, bf16")
+    per_pass = options.device_batch_size * accelerator.num_processes
+    if options.batch_size % per_pass:
+        raise ArgumentError(
+            f"batch_size is {options.batch_size}; allowed: multiples of device_batch_size x processes, {per_pass}"
+        )
+    if options.push_to_hub:
+        try:
+            validate_repo_id(options.hub_model_id)
+        except HFValidationError as error:
+            raise ArgumentError(f"hub_model_id: {error}") from error
+    with locked_folder(output) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        checkpoint = starting_point(output, options.resume)
+        accelerator.wait_for_everyone()
+        return train(accelerator, checkpoint, model_options, data_options, options)
+
+
+def starting_point(output: Path, resume: str | None) -> Path | None:
+    if resume is not None:
+        return find_checkpoint(output, resume)
+    used = [path.name for path in (*list_checkpoints(output), output / "metrics.jsonl") if path.exists()]
+    if used:
+        raise CheckpointError(f"{output} holds a run already ({used[0]}); use --resume latest or another output_dir")
+    return None
+
+
+def train(
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    options: RunOptions,
+) -> int | None:
+    output = Path(options.output_dir)
+    set_seed(options.seed)
+    with accelerator.main_process_first():
+        documents = load_documents(
+            data_options.train_data,
+            text_field=data_options.text_field,
+            split=data_options.split,
+            subset=data_options.subset,
+            streaming=data_options.streaming,
+        )
+        # What the main process saved is what the others, and a continued run, use.
+        saved = checkpoint is not None or not accelerator.is_main_process
+        tokenizer = AutoTokenizer.from_pretrained(output) if saved else make_tokenizer(documents, model_options)
+        if not saved:
+            replace_files(output, tokenizer.save_pretrained)
+        validation = validation_rows(tokenizer, data_options)
+    rows = training_rows(documents, tokenizer, data_options, options.seed)
+    model = build_model(model_options, tokenizer, data_options.length)
+    parameters = model.num_parameters()
+
+    groups = hf_sparse_attention.parameter_groups(
+        model, options.weight_decay, options.learning_rate, options.scale_lr_multiplier
+    )
+    group_settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+    optimizer = torch.optim.AdamW(groups, **adam)
+    plain_model = model
+    model, optimizer = accelerator.prepare(model, optimizer)
+    alpha_schedule = None
+    if model_options.alpha_steps:
+        alpha_schedule = hf_sparse_attention.AlphaSchedule(
+            plain_model, None, model_options.alpha_steps, model_options.alpha_start
+        )
+
+    step, tokens, evaluation, pending = 0, 0, {}, []
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        accelerator.load_state(str(checkpoint))
+        rows.load_state_dict(state["data"])
+        step, tokens, evaluation = state["step"], state["tokens"], state["evaluation"]
+        pending = state["pending_losses"]
+        for group, settings in zip(optimizer.param_groups, group_settings, strict=True):
+            group.update(settings, **adam)
+        accelerator.print(f"continuing after step {step} of {checkpoint}")
+    log = MetricsLog(accelerator, output / "metrics.jsonl", step, pending)
+    settings = {**vars(model_options), **vars(data_options), **vars(options)}
+    if accelerator.is_main_process:
+        (output / "options.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    if options.trackers:
+        accelerator.init_trackers(options.project, {name: str(value) for name, value in settings.items()})
+
+    def save(name: str, data: dict[str, Any]) -> None:
+        write_checkpoint(
+            output / name,
+            lambda folder: accelerator.save_state(str(folder)),
+            {"step": step, "tokens": tokens, "evaluation": evaluation, "pending_losses": log.pending, "data": data},
+            is_main=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
+        )
+
+    model.train()
+    row_iterator = iter(rows)
+    position = rows.state_dict()
+    bar = tqdm(total=options.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+    with StopSignals(accelerator) as signals, bar:
+        while step < options.max_steps:
+            began = time.perf_counter()
+            factor = options.learning_rate_factor(step)
+            for group, settings in zip(optimizer.param_groups, group_settings, strict=True):
+                group["lr"] = settings["lr"] * factor
+            alpha = alpha_schedule.step(step) if alpha_schedule else None
+
+            # Every process reads all rows of the step and keeps its share: the same rows on any number of processes.
+            batch = list(itertools.islice(row_iterator, options.batch_size))
+            loss = forward_backward(accelerator, model, batch, options.device_batch_size)
+            norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                name = f"nonfinite-{step + 1:08d}"
+                save(name, position)
+                raise NonFiniteLoss(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; the state before it is in {output / name}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            tokens += options.batch_size * data_options.length
+            position = rows.state_dict()
+
+            log.add(loss, options.batch_size * data_options.length, time.perf_counter() - began)
+            bar.update()
+            bar.set_postfix_str(log.summary(), refresh=False)
+            last = step == options.max_steps
+            if step % options.logging_steps == 0 or last:
+                rate = options.learning_rate * factor
+                log.write(step, learning_rate=rate, grad_norm=norm, tokens=tokens, alpha=alpha)
+            if validation and (last or (options.eval_steps and step % options.eval_steps == 0)):
+                evaluation = evaluate(accelerator, model, validation, options.device_batch_size)
+                log.append(step, evaluation)
+            stopping = signals.received()
+            if last or stopping or (options.save_steps and step % options.save_steps == 0):
+                save(checkpoint_name(step), position)
+                if accelerator.is_main_process:
+                    remove_old(output, options.keep_checkpoints)
+            if stopping and not last:
+                accelerator.print(f"stopped by a signal after step {step}; --resume latest continues")
+                accelerator.end_training()
+                return signals.number
+
+    if alpha_schedule:
+        alpha_schedule.step(step)
+    files = save_model(accelerator, model, tokenizer, output)
+    if accelerator.is_main_process:
+        card = model_card(plain_model.config, parameters, evaluation, tokens, model_options, data_options, options)
+        card.save(output / "README.md")
+        if options.push_to_hub:
+            push(output, [*files, "README.md"], options)
+    accelerator.end_training()
+    return None
+
+
+def count_labels(rows: list[dict[str, torch.Tensor]]) -> int:
+    # The first token of a row is predicted by nothing.
+    return max(1, sum(int((row["labels"][1:] != IGNORED_LABEL).sum()) for row in rows))
+
+
+def local_batches(accelerator: Accelerator, rows: list[dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
+    """This process's share of the rows as batches on its device."""
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(mine), size):
+        batch = collate_rows(mine[start : start + size])
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def forward_backward(
+    accelerator: Accelerator, model: torch.nn.Module, rows: list[dict[str, torch.Tensor]], size: int
+) -> float:
+    """Gradients of the mean loss over all labels of the step; returns that mean."""
+    labels = count_labels(rows)
+    total = torch.zeros((), device=accelerator.device)
+    batches = list(local_batches(accelerator, rows, size))
+    for number, batch in enumerate(batches, start=1):
+        with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
+            loss = model(**batch, use_cache=False, num_items_in_batch=labels).loss
+            # Gradients are averaged over processes, the loss is a sum over them.
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    return accelerator.reduce(total, "sum").item()
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, rows: list[dict[str, torch.Tensor]], size: int
+) -> dict[str, float]:
+    """Mean loss over the labels of the rows, and its perplexity."""
+    labels = count_labels(rows)
+    # Rows without labels fill up the last round: under FSDP all processes must take part in every forward pass.
+    missing = -len(rows) % accelerator.num_processes
+    blank = {**rows[0], "labels": torch.full_like(rows[0]["labels"], IGNORED_LABEL)}
+    model.eval()
+    total = torch.zeros((), device=accelerator.device)
+    for batch in local_batches(accelerator, [*rows, *[blank] * missing], size):
+        total += model(**batch, use_cache=False, num_items_in_batch=labels).loss
+    model.train()
+    loss = accelerator.reduce(total, "sum").item()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_labels": labels}
+
+
+def save_model(
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
+) -> list[str]:
+    """Write model and tokenizer to the output folder, each file whole or not at all; returns the file names."""
+    state_dict = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return []
+
+    def write(folder: Path) -> None:
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+
+    return replace_files(output, write)
+
+
+def model_card(
+    config: transformers.PreTrainedConfig,
+    parameters: int,
+    evaluation: dict[str, float],
+    tokens: int,
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    options: RunOptions,
+) -> ModelCard:
+    results = []
+    if evaluation:
+        name = ", ".join(Path(source).name for source in data_options.validation_data)
+        described = f"{name}, rows of {data_options.length} tokens"
+        results.append(Measurement("perplexity", evaluation["eval_perplexity"], described, "recipes/pretrain.py"))
+    hub_data = [source for source in data_options.train_data if not is_local(source)]
+    base = model_options.model_name_or_path
+    return create_model_card(
+        config,
+        repo_id=options.hub_model_id or options.output_dir,
+        parameters=parameters,
+        training_length=data_options.length,
+        results=results,
+        datasets=hub_data,
+        base_model=base if base and not is_local(base) else None,
+        training={
+            "data": [source if source in hub_data else Path(source).name for source in data_options.train_data],
+            "retrieval rows": data_options.retrieval_fraction or None,
+            "tokens": tokens,
+            "steps": options.max_steps,
+            "rows per step": options.batch_size,
+            "learning rate": options.learning_rate,
+            "schedule": options.schedule,
+            "warmup steps": options.warmup_steps,
+            "weight decay": options.weight_decay,
+            "seed": options.seed,
+            "alpha steps": model_options.alpha_steps or None,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "hf_sparse_attention": hf_sparse_attention.__version__,
+        },
+    )
+
+
+def push(output: Path, files: list[str], options: RunOptions) -> None:
+    """Upload the files in one commit."""
+    api = HfApi()
+    try:
+        api.create_repo(options.hub_model_id, private=options.hub_private, exist_ok=True)
+        api.upload_folder(
+            repo_id=options.hub_model_id, folder_path=output, allow_patterns=files, commit_message="Trained model"
+        )
+    except Exception as error:  # connection errors have the types of the HTTP library
+        raise CheckpointError(
+            f"{options.hub_model_id}: could not be pushed ({error}); the model is in {output}"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()
