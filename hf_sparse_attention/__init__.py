@@ -8,7 +8,7 @@ from .config import PRESETS, SparseAttentionConfig
 from .conversion import convert, revert
 from .ops import sparse_attention
 from .registration import register
-from .training import AlphaSchedule, AlphaScheduleCallback, parameter_groups, set_alpha
+from .training import AlphaSchedule, AlphaScheduleCallback, check_trainable, parameter_groups, set_alpha
 
 register()
 
@@ -19,7 +19,10 @@ __all__ = [
     "SparseAttentionConfig",
     "SparseAttentionTrainer",
     "__version__",
+    "check_trainable",
     "convert",
+    "load_adapter",
+    "lora_config",
     "parameter_groups",
     "register",
     "revert",
@@ -34,4 +37,8 @@ def __getattr__(name: str) -> Any:
         from .trainer import SparseAttentionTrainer
 
         return SparseAttentionTrainer
+    if name in ("load_adapter", "lora_config"):
+        from . import peft
+
+        return getattr(peft, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

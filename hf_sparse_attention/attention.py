@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PRESETS, SparseAttentionConfig
-from .length_scale import query_scale
+from .length_scale import query_scale, warn_frozen
 from .masks import has_packed_documents, visibility
 from .ops import sparse_attention
 from .positions import alibi_slopes
@@ -49,6 +49,8 @@ def prepare_attention_call(module: nn.Module, args: tuple, kwargs: dict[str, Any
     kwargs = dict(kwargs)
     scale = getattr(module, "length_scale", None)
     kwargs[_LENGTH_SCALE] = () if scale is None else scale(hidden_states)
+    if module.training and scale is not None and hidden_states.requires_grad and not torch.compiler.is_compiling():
+        warn_frozen(scale)
     if settings["position_encoding"] != "model":
         kwargs["position_embeddings"] = _without_rotation(module, kwargs.get("position_embeddings"))
     _refuse_packed_cache(module, kwargs)

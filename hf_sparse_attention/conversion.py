@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attention import prepare_attention_call
 from .config import PRESETS, SparseAttentionConfig, merge_settings
-from .length_scale import LengthScale
+from .length_scale import SCALE_MODULES, LengthScale
 from .models import check_config, is_supported, unsupported_model
 
 logger = logging.get_logger(__name__)
@@ -61,7 +61,17 @@ def attach(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove what :func:`attach` added."""
+    """Remove what :func:`attach` added.
+
+    Raises:
+        ValueError: PEFT has wrapped it; nothing is removed.
+    """
+    for module in model.modules():
+        if is_attached(module) and _is_wrapped(module):
+            raise ValueError(
+                "an adapter holds the length scale. Call model.merge_and_unload() first; alpha alone can be changed "
+                "with hf_sparse_attention.set_alpha."
+            )
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook is prepare_attention_call:
@@ -69,6 +79,13 @@ def detach(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
                 if hasattr(module, "length_scale"):
                     del module.length_scale
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether PEFT has replaced the length scale of an attention layer, or a part of it, by a wrapper."""
+    scale = getattr(module, "length_scale", None)
+    parts = [] if scale is None else [type(scale), *map(type, scale.children())]
+    return not {LengthScale, *SCALE_MODULES}.issuperset(parts)
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -108,7 +125,13 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
     _set_implementation(base, config, attn_implementation)
     attach(base, config)
     base.load_state_dict({k: v for k, v in kept.items() if k in base.state_dict()}, strict=False)
-    return [name for name, _ in model.named_parameters() if name not in before]
+    new = [name for name, _ in model.named_parameters() if name not in before]
+    if new and (base is not model or getattr(base, "_hf_peft_config_loaded", False)):
+        logger.warning(
+            "The model has adapters already, which will not store the new length_scale parameters: save the whole "
+            "model, or convert it before the adapter is made with hf_sparse_attention.lora_config."
+        )
+    return new
 
 
 def revert(model: nn.Module, attn_implementation: str = "sdpa") -> None:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .config import SparseAttentionConfig
+
+logger = logging.get_logger(__name__)
 
 
 class HeadProjection(nn.Module):
@@ -103,6 +106,18 @@ class LengthScale(nn.Module):
         # softplus as -logsigmoid(-x): F.softplus before a transpose breaks its backward under aot_eager.
         beta = -F.logsigmoid(-raw_beta.float())
         return beta, self.gamma_range * torch.tanh(raw_gamma.float())
+
+
+def warn_frozen(scale: nn.Module) -> None:
+    """Say, once per process, that training leaves ``scale`` (a length scale or what wraps it) as it is, if so."""
+    if any(parameter.requires_grad for parameter in scale.parameters()):
+        return
+    logger.warning_once(
+        "The length scale of sparse attention (modules named length_scale) is frozen while other parameters train: "
+        "attention keeps the temperature it has now. With LoRA use hf_sparse_attention.lora_config(model, ...), which "
+        "trains and stores it; other PEFT methods need modules_to_save=['length_scale'], and those without that "
+        "option (prefix tuning) cannot train it. hf_sparse_attention.check_trainable(model) lists the parameters."
+    )
 
 
 def query_scale(settings: SparseAttentionConfig, beta: Tensor, gamma: Tensor, visible_keys: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .config import PRESETS, SparseAttentionConfig
 from .conversion import text_config
-from .length_scale import SCALE_MODULES
+from .length_scale import SCALE_MODULES, warn_frozen
 
 # Vectors and norms are not decayed, as in transformers.Trainer.
+# PEFT keeps a frozen original and one copy per adapter of a module in modules_to_save.
+_PEFT_COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _UNDECAYED_NAME = re.compile(r"bias|(?:^|[._])(?:layer|rms)?norm", re.IGNORECASE)
 
 
@@ -31,6 +33,30 @@ def without_scale(model: nn.Module, names: Iterable[str]) -> list[str]:
     """``names`` less the length-scale parameters: for overriding ``Trainer.get_decay_parameter_names``."""
     scale = scale_parameter_names(model)
     return [name for name in names if name not in scale]
+
+
+def check_trainable(model: nn.Module) -> list[str]:
+    """Names of the length-scale parameters that training would leave unchanged; warns if a layer's are all frozen.
+
+    LoRA and the like freeze what they do not know: use :func:`hf_sparse_attention.lora_config`.
+
+    Args:
+        model: a model, or a PEFT wrapper around one.
+
+    Returns:
+        Their names in the base model, sorted, e.g. ``model.layers.0.self_attn.length_scale.beta_proj.weight``.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        for module in model.modules():
+            if isinstance(getattr(module, "length_scale", None), nn.Module):
+                warn_frozen(module.length_scale)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = dict(base.named_parameters())
+    trained: dict[str, bool] = {}
+    for full_name in scale_parameter_names(base):
+        name = _PEFT_COPY.sub("", full_name)
+        trained[name] = trained.get(name, False) or parameters[full_name].requires_grad
+    return sorted(name for name, is_trained in trained.items() if not is_trained)
 
 
 def parameter_groups(
