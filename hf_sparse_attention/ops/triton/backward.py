@@ -1,0 +1,241 @@
+"""Backward over listed tiles only: dQ by rows of the list, dK and dV by its transpose. Deterministic, no atomics.
+
+With the row's normalised scale and threshold tau stored by the forward, ``x = max(q.k * scale - tau, 0)``,
+``p = x^beta`` and ``u = x^(beta - 1)`` need no further normalisation, and
+
+    dz = inverse * u * (dP - delta),  delta = sum(u dP) / sum(u) = dO . mean,  dV = p^T dO,
+
+where ``mean`` is the mean of the values under u. For softmax, ``p = u = exp2(q.k * scale - tau)``.
+"""
+
+import triton
+import triton.language as tl
+
+from .threshold import SOFTMAX, powers
+from .tiles import (
+    ALIGNMENT,
+    distance,
+    head_base,
+    load_tile,
+    margin,
+    mask_invisible,
+    positions_of,
+    schedule,
+    store_tile,
+)
+
+
+@triton.jit
+def weights(y, beta, KIND: tl.constexpr):
+    """Probabilities and the diagonal of their Jacobian from scores less the threshold."""
+    if KIND == SOFTMAX:
+        p = tl.exp2(y)
+        return p, p
+    else:
+        return powers(tl.maximum(y, 0.0), beta, KIND)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+        "stride_vn", "stride_gb", "stride_gh", "stride_gn", "stride_range", "stride_position", "batch", "q_heads",
+        "group", "q_len", "k_len", "q_tiles", "k_tiles", "heads_at_once",
+    ]
+)  # fmt: skip
+def query_gradient_kernel(
+    Q, K, V, GRAD, MEAN, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS,
+    ROW_SCALE, ROW_REFERENCE, ROW_OFFSET, INVERSE, LIST, COUNT, DELTA, GRAD_Q, GRAD_SCALE, GRAD_SLOPE,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gn,
+    stride_range, stride_position, batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once,
+    scaling, unit, beta,
+    KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    SCALE_GRADIENT: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ, DELTA and, where asked, the gradient of the query scale and of the slopes (per row, summed by the host).
+
+    Grid: (q_tiles * batch * q_heads,). ``unit`` is the factor between z and the units of ROW_SCALE.
+    """
+    q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
+    b = bh // q_heads
+    h = bh % q_heads
+    K = head_base(K, stride_kb, stride_kh, b, h // group)
+    V = head_base(V, stride_vb, stride_vh, b, h // group)
+    row = tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DP)
+    dims_v = tl.arange(0, DVP)
+    rows = q_tile * BM + row
+    inside = rows < q_len
+    row_index = tl.cast(bh, tl.int64) * q_len + rows
+    range_base = tl.cast(b, tl.int64) * stride_range
+    start = tl.load(KEY_START + range_base + rows, mask=inside, other=0)
+    end = tl.minimum(tl.load(KEY_END + range_base + rows, mask=inside, other=0), k_len)
+    position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
+    q = load_tile(head_base(Q, stride_qb, stride_qh, b, h), stride_qn, q_tile * BM, q_len, row, dims, D, DP)
+    grad = load_tile(head_base(GRAD, stride_gb, stride_gh, b, h), stride_gn, q_tile * BM, q_len, row, dims_v, DV, DVP)
+    mean_base = MEAN + (tl.cast(b, tl.int64) * q_len * q_heads + h) * DV
+    mean = load_tile(mean_base, q_heads * (DV // ALIGNMENT), q_tile * BM, q_len, row, dims_v, DV, DVP)
+    delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
+    slot = (tl.cast(bh, tl.int64) * q_tiles + q_tile) * BM + row
+    tl.store(DELTA + slot, delta)
+    c = tl.load(ROW_SCALE + slot)
+    reference = tl.load(ROW_REFERENCE + slot)
+    offset = tl.load(ROW_OFFSET + slot)
+    inverse = tl.load(INVERSE + slot)
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(SLOPES + h).to(tl.float32) * unit
+    row_slope = slope * inverse
+
+    grad_q = tl.zeros([BM, DP], tl.float32)
+    moment = tl.zeros([BM], tl.float32)
+    LIST += (tl.cast(bh, tl.int64) * q_tiles + q_tile) * k_tiles
+    count = tl.load(COUNT + tl.cast(bh, tl.int64) * q_tiles + q_tile)
+    for i in tl.range(0, count, num_stages=STAGES):
+        entry = tl.load(LIST + i).to(tl.int32)
+        first = (entry >> 1) * BN
+        fix = (entry & 1) != 0
+        if HAS_SLOPES:
+            fix = fix | (slope != 0)
+        k = load_tile(K, stride_kn, first, k_len, cols, dims, D, DP)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        y = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
+        keys = first + cols
+        if fix:
+            if HAS_SLOPES:
+                y = y - row_slope[:, None] * distance(position, keys)
+            y = mask_invisible(y, keys, start, end)
+        v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
+        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        _, u = weights(y, beta, KIND)
+        grad_y = tl.where(u > 0, u * (grad_p - delta[:, None]), 0.0)
+        if SLOPE_GRADIENT:
+            moment += tl.sum(grad_y * distance(position, keys), 1)
+        grad_q = tl.dot(grad_y.to(k.dtype), k, grad_q, input_precision=PRECISION)
+
+    if SCALE_GRADIENT:
+        along = tl.sum(q.to(tl.float32) * grad_q, 1) * scaling * inverse
+        tl.store(GRAD_SCALE + row_index, along, mask=inside)
+    if SLOPE_GRADIENT:
+        tl.store(GRAD_SLOPE + row_index, -moment * inverse, mask=inside)
+    grad_base = GRAD_Q + (tl.cast(b, tl.int64) * q_len * q_heads + h) * D
+    store_tile(
+        grad_base, q_heads * (D // ALIGNMENT), q_tile * BM, q_len, row, dims, grad_q * (c / unit)[:, None], D, DP
+    )
+
+
+@triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
+def transpose_list_kernel(FLAGS, LIST, COUNT, q_tiles, k_tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Query tiles of each key tile, ascending, from the flags. Grid: (ceil(k_tiles / COLS), batch * q_heads)."""
+    bh = tl.cast(tl.program_id(1), tl.int64)
+    key_tile = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    inside = key_tile < k_tiles
+    count = tl.zeros([COLS], tl.int32)
+    lists = LIST + (bh * k_tiles + key_tile) * q_tiles
+    for first in range(0, q_tiles, ROWS):
+        query_tile = first + tl.arange(0, ROWS)
+        pointers = FLAGS + (bh * q_tiles + query_tile[:, None]) * k_tiles + key_tile[None, :]
+        mask = (query_tile[:, None] < q_tiles) & inside[None, :]
+        flag = tl.load(pointers, mask=mask, other=0).to(tl.int32)
+        listed = (flag > 0).to(tl.int32)
+        slot = count[None, :] + tl.cumsum(listed, 0) - 1
+        entry = 2 * query_tile[:, None] + (flag == 2).to(tl.int32)
+        tl.store(lists[None, :] + slot, entry.to(LIST.dtype.element_ty), mask=listed > 0)
+        count += tl.sum(listed, 0)
+    tl.store(COUNT + bh * k_tiles + key_tile, count, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+        "stride_vn", "stride_gb", "stride_gh", "stride_gn", "stride_range", "stride_position", "batch", "q_heads",
+        "group", "q_len", "k_len", "q_tiles", "k_tiles",
+    ]
+)  # fmt: skip
+def key_value_gradient_kernel(
+    Q, K, V, GRAD, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS,
+    ROW_SCALE, ROW_REFERENCE, ROW_OFFSET, INVERSE, LIST, COUNT, DELTA, GRAD_K, GRAD_V,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gn,
+    stride_range, stride_position, batch, q_heads, group, q_len, k_len, q_tiles, k_tiles,
+    unit, beta,
+    KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    TILE_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of BN keys, summed over the query heads of its group in a fixed order.
+
+    Grid: (k_tiles * batch * key_heads,). A listed tile of TILE_M queries is read BM rows at a time.
+    """
+    k_heads = q_heads // group
+    pid = tl.program_id(0)
+    k_tile = pid // (batch * k_heads)
+    bh = pid % (batch * k_heads)
+    b = bh // k_heads
+    k_head = bh % k_heads
+    row = tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DP)
+    dims_v = tl.arange(0, DVP)
+    first = k_tile * BN
+    keys = first + cols
+    k = load_tile(head_base(K, stride_kb, stride_kh, b, k_head), stride_kn, first, k_len, cols, dims, D, DP)
+    v = load_tile(head_base(V, stride_vb, stride_vh, b, k_head), stride_vn, first, k_len, cols, dims_v, DV, DVP)
+    range_base = tl.cast(b, tl.int64) * stride_range
+    position_base = tl.cast(b, tl.int64) * stride_position
+    grad_k = tl.zeros([BN, DP], tl.float32)
+    grad_v = tl.zeros([BN, DVP], tl.float32)
+    parts: tl.constexpr = TILE_M // BM
+
+    for member in range(0, group):
+        h = k_head * group + member
+        q_bh = tl.cast(b * q_heads + h, tl.int64)
+        queries = head_base(Q, stride_qb, stride_qh, b, h)
+        grads = head_base(GRAD, stride_gb, stride_gh, b, h)
+        slope = 0.0
+        if HAS_SLOPES:
+            slope = tl.load(SLOPES + h).to(tl.float32) * unit
+        entries = LIST + (q_bh * k_tiles + k_tile) * q_tiles
+        count = tl.load(COUNT + q_bh * k_tiles + k_tile)
+        for i in tl.range(0, count * parts, num_stages=STAGES):
+            entry = tl.load(entries + i // parts).to(tl.int32)
+            first_row = (entry >> 1) * TILE_M + (i % parts) * BM
+            fix = (entry & 1) != 0
+            if HAS_SLOPES:
+                fix = fix | (slope != 0)
+            rows = first_row + row
+            slot = q_bh * q_tiles * TILE_M + first_row + row
+            q = load_tile(queries, stride_qn, first_row, q_len, row, dims, D, DP)
+            c = tl.load(ROW_SCALE + slot)
+            reference = tl.load(ROW_REFERENCE + slot)
+            inverse = tl.load(INVERSE + slot)
+            offset = tl.load(ROW_OFFSET + slot)
+            delta = tl.load(DELTA + slot)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            y = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
+            if fix:
+                inside = rows < q_len
+                start = tl.load(KEY_START + range_base + rows, mask=inside, other=0)
+                end = tl.load(KEY_END + range_base + rows, mask=inside, other=0)
+                if HAS_SLOPES:
+                    position = positions_of(QUERY_POSITIONS, position_base, rows, q_len, k_len, HAS_POSITIONS)
+                    y = y - (slope * inverse)[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
+                visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
+                y = tl.where(visible & (keys < k_len)[:, None], y, float("-inf"))
+            p, u = weights(y, beta, KIND)
+            grad = load_tile(grads, stride_gn, first_row, q_len, row, dims_v, DV, DVP)
+            grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+            grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            if EXACT:
+                c *= inverse
+            grad_y = tl.where(u > 0, u * (grad_p * c[None, :] - (delta * c)[None, :]), 0.0)
+            grad_k = tl.dot(grad_y.to(q.dtype), q, grad_k, input_precision=PRECISION)
+
+    base_k = GRAD_K + (tl.cast(b, tl.int64) * k_len * k_heads + k_head) * D
+    store_tile(base_k, k_heads * (D // ALIGNMENT), first, k_len, cols, dims, grad_k / unit, D, DP)
+    base_v = GRAD_V + (tl.cast(b, tl.int64) * k_len * k_heads + k_head) * DV
+    store_tile(base_v, k_heads * (DV // ALIGNMENT), first, k_len, cols, dims_v, grad_v, DV, DVP)

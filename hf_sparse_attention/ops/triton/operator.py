@@ -1,0 +1,292 @@
+"""The kernels as two ``torch.library`` operators, one the gradient of the other, opaque to compilers and exporters."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .backward import key_value_gradient_kernel, query_gradient_kernel, transpose_list_kernel
+from .forward import entmax_forward_kernel, key_norms_kernel
+from .softmax import softmax_forward_kernel
+from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
+from .tiles import ALIGNMENT
+from .tiling import Tiling, padded, tiling
+
+LOG2_E = 1.4426950408889634
+# Keys and values of the heads in flight should fit in the L2 cache beside everything else.
+_L2_BYTES = 24 * 2**20
+# |F^(1/beta) - 1| before the last step of the threshold, by input dtype; the step leaves far less.
+_TOLERANCE = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-5, torch.float32: 2.0**-10}
+# For sparsemax a step can leave a fixed part of what it started from.
+_SPARSEMAX_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
+
+
+def _kind(alpha: float) -> int:
+    return {1.0: SOFTMAX.value, 1.5: ENTMAX15.value, 2.0: SPARSEMAX.value}.get(alpha, ENTMAX.value)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself when kernels can read it by 16 bytes, else a contiguous copy."""
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1]
+    if (
+        tensor.stride(-1) == 1
+        and all(stride % ALIGNMENT.value == 0 for stride in strides)
+        and tensor.data_ptr() % 16 == 0
+    ):
+        return tensor
+    return (
+        tensor.contiguous(memory_format=torch.contiguous_format).clone()
+        if tensor.is_contiguous()
+        else tensor.contiguous()
+    )
+
+
+def _tokens_first(like: Tensor, length: int, heads: int, dim: int) -> Tensor:
+    """Uninitialised (B, heads, length, dim) stored as (B, length, heads, dim), the layout of a projection."""
+    return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
+
+
+def _list_dtype(q_tiles: int, k_tiles: int) -> torch.dtype:
+    # An entry is twice a tile index plus one bit.
+    return torch.int16 if max(q_tiles, k_tiles) <= 2**14 else torch.int32
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride // ALIGNMENT.value for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+class _Geometry:
+    """Sizes, strides and compile-time parameters shared by the launches of one call."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: Tiling) -> None:
+        self.batch, self.q_heads, self.q_len, self.dim = query.shape
+        self.k_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
+        self.group = self.q_heads // self.k_heads
+        self.q_tiles = triton.cdiv(self.q_len, tiles.forward.rows)
+        self.k_tiles = triton.cdiv(self.k_len, tiles.forward.columns)
+        bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
+        self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
+        self.dims = {"D": self.dim, "DP": padded(self.dim), "DV": self.value_dim, "DVP": padded(self.value_dim)}
+        self.exact = query.dtype == torch.float32
+        tf32 = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        self.precision = "tf32" if tf32 or not self.exact else "ieee"
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.batch, self.q_heads, self.group, self.q_len, self.k_len, self.q_tiles, self.k_tiles
+
+
+def _list_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
+    q_tiles = (query.shape[2] + tiles.forward.rows - 1) // tiles.forward.rows
+    k_tiles = (key.shape[2] + tiles.forward.columns - 1) // tiles.forward.columns
+    return query.shape[0] * query.shape[1], q_tiles, k_tiles, tiles.forward.rows
+
+
+@torch.library.custom_op("hf_sparse_attention::triton_forward", mutates_args=())
+def forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor | None,
+    slopes: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    query_positions: Tensor | None,
+    alpha: float,
+    scaling: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, and what the backward needs (empty unless ``training``).
+
+    Returns:
+        output (B, Hq, Lq, Dv); mean of values under ``x^(beta-1)``, same shape; rows (4, B * Hq, Lq rounded up to
+        tiles) float32: scale, reference, offset, inverse normaliser; list (B * Hq, query tiles, key tiles), its
+        lengths, and flags.
+    """
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
+    geometry = _Geometry(query, key, value, tiles)
+    heads, q_tiles, k_tiles = geometry.batch * geometry.q_heads, geometry.q_tiles, geometry.k_tiles
+    kind = _kind(alpha)
+    out = _tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
+    mean = torch.empty_like(out) if training and kind != SOFTMAX.value else out.new_empty(0)
+    rows = out.new_empty((4, heads, q_tiles * tiles.forward.rows) if training else (4, 0), dtype=torch.float32)
+    # The sparse kernels keep their candidates in the list, softmax writes one for the backward only.
+    listed = training or kind != SOFTMAX.value
+    lists = out.new_empty((heads, q_tiles, k_tiles) if listed else 0, dtype=_list_dtype(q_tiles, k_tiles))
+    counts = out.new_empty((heads, q_tiles) if training else 0, dtype=torch.int32)
+    flags = out.new_zeros((heads, q_tiles, k_tiles) if training else 0, dtype=torch.uint8)
+    if out.numel() == 0:
+        return out, mean, rows, lists, counts, flags
+
+    launch = tiles.forward
+    common = {
+        **geometry.dims, "BM": launch.rows, "BN": launch.columns, "HAS_SCALE": query_scale is not None,
+        "HAS_SLOPES": slopes is not None, "HAS_POSITIONS": query_positions is not None, "TRAINING": training,
+        "PRECISION": geometry.precision, "EXACT": geometry.exact,
+        "STAGES": launch.stages, "num_warps": launch.warps,
+    }  # fmt: skip
+    ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
+    places = (*_strides(query, key, value), *ranges, *geometry.sizes(), geometry.heads_at_once)
+    grid = (q_tiles * heads,)
+    if kind == SOFTMAX.value:
+        if training:
+            rows[3].fill_(1.0)
+        softmax_forward_kernel[grid](
+            query, key, value, query_scale, slopes, key_start, key_end, query_positions,
+            out, rows[0], rows[1], rows[2], lists, counts, flags, *places, scaling, **common,
+        )  # fmt: skip
+    else:
+        norms = None if slopes is None else _key_norms(key, launch.columns)
+        limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
+        entmax_forward_kernel[grid](
+            query, key, value, query_scale, slopes, norms, key_start, key_end, query_positions,
+            out, mean, *rows, lists, counts, flags, *places,
+            scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0), limits[query.dtype], KIND=kind, **common,
+        )  # fmt: skip
+    return out, mean, rows, lists if training else lists.new_empty(0), counts, flags
+
+
+def _row_stride(ranges: Tensor) -> int:
+    return 0 if ranges.shape[0] == 1 else ranges.stride(0)
+
+
+def _key_norms(key: Tensor, columns: int) -> Tensor:
+    batch, heads, length, dim = key.shape
+    tiles = triton.cdiv(length, columns)
+    norms = key.new_empty(batch * heads, tiles, dtype=torch.float32)
+    key_norms_kernel[(tiles, batch * heads)](
+        key, norms, *_strides(key), heads, length, tiles, D=dim, PADDED=padded(dim), BN=columns
+    )
+    return norms
+
+
+@forward_op.register_fake
+def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling, training):
+    heads, q_tiles, k_tiles, tile_rows = _list_shapes(query, key, value)
+    out = _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
+    mean = torch.empty_like(out) if training and alpha != 1.0 else out.new_empty(0)
+    lists = (heads, q_tiles, k_tiles) if training else 0
+    return (
+        out,
+        mean,
+        out.new_empty((4, heads, q_tiles * tile_rows) if training else (4, 0), dtype=torch.float32),
+        out.new_empty(lists, dtype=_list_dtype(q_tiles, k_tiles)),
+        out.new_empty((heads, q_tiles) if training else 0, dtype=torch.int32),
+        out.new_empty(lists, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("hf_sparse_attention::triton_backward", mutates_args=())
+def backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor | None,
+    slopes: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    query_positions: Tensor | None,
+    mean: Tensor,
+    rows: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    flags: Tensor,
+    alpha: float,
+    scaling: float,
+    scale_gradient: bool,
+    slope_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, and (empty unless asked for) query_scale and slopes."""
+    query, key, value, grad = _aligned(query), _aligned(key), _aligned(value), _aligned(grad)
+    tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
+    geometry = _Geometry(query, key, value, tiles)
+    batch, q_heads, _, q_len, k_len, q_tiles, k_tiles = geometry.sizes()
+    k_heads, heads = geometry.k_heads, batch * q_heads
+    grad_query = _tokens_first(query, q_len, q_heads, geometry.dim)
+    grad_key = _tokens_first(key, k_len, k_heads, geometry.dim)
+    grad_value = _tokens_first(value, k_len, k_heads, geometry.value_dim)
+    grad_scale = rows.new_empty((batch, q_heads, q_len) if scale_gradient else 0)
+    slope_rows = rows.new_empty((batch, q_heads, q_len) if slope_gradient else 0)
+    if grad_query.numel() == 0 or k_len == 0:
+        zeros = [tensor.zero_() for tensor in (grad_query, grad_key, grad_value, grad_scale, slope_rows)]
+        return *zeros[:4], _sum_slopes(zeros[4], slopes, slope_gradient)
+
+    unit = LOG2_E if alpha == 1.0 else alpha - 1.0
+    beta = 1.0 if alpha == 1.0 else 1.0 / (alpha - 1.0)
+    delta = torch.empty_like(rows[0])
+    common = {
+        **geometry.dims, "KIND": _kind(alpha), "HAS_SLOPES": slopes is not None,
+        "HAS_POSITIONS": query_positions is not None, "PRECISION": geometry.precision,
+        "EXACT": geometry.exact,
+    }  # fmt: skip
+    ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
+    places = (*_strides(query, key, value, grad), *ranges, *geometry.sizes())
+
+    launch = tiles.query
+    query_gradient_kernel[(q_tiles * heads,)](
+        query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows,
+        lists, counts, delta, grad_query, grad_scale, slope_rows, *places, geometry.heads_at_once,
+        scaling, unit, beta, BM=launch.rows, BN=launch.columns, SCALE_GRADIENT=scale_gradient,
+        SLOPE_GRADIENT=slope_gradient, STAGES=launch.stages, num_warps=launch.warps, **common,
+    )  # fmt: skip
+    key_lists = lists.new_empty(heads, k_tiles, q_tiles)
+    key_counts = counts.new_empty(heads, k_tiles)
+    columns = 32
+    transpose_list_kernel[(triton.cdiv(k_tiles, columns), heads)](
+        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
+    )
+    launch = tiles.key
+    key_value_gradient_kernel[(k_tiles * batch * k_heads,)](
+        query, key, value, grad, slopes, key_start, key_end, query_positions, *rows,
+        key_lists, key_counts, delta, grad_key, grad_value, *places, unit, beta, TILE_M=tiles.forward.rows,
+        BM=launch.rows, BN=launch.columns, STAGES=launch.stages, num_warps=launch.warps, **common,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_scale, _sum_slopes(slope_rows, slopes, slope_gradient)
+
+
+def _sum_slopes(slope_rows: Tensor, slopes: Tensor | None, wanted: bool) -> Tensor:
+    return slope_rows.sum((0, 2)).to(slopes.dtype) if wanted else slope_rows
+
+
+@backward_op.register_fake
+def _(
+    grad, query, key, value, query_scale, slopes, key_start, key_end, query_positions, mean, rows, lists, counts,
+    flags, alpha, scaling, scale_gradient, slope_gradient,
+):  # fmt: skip
+    return (
+        _tokens_first(query, query.shape[2], query.shape[1], query.shape[3]),
+        _tokens_first(key, key.shape[2], key.shape[1], key.shape[3]),
+        _tokens_first(value, value.shape[2], value.shape[1], value.shape[3]),
+        rows.new_empty(query.shape[:3] if scale_gradient else 0),
+        query.new_empty(slopes.shape, dtype=slopes.dtype) if slope_gradient else rows.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling, training = inputs
+    out, mean, *state = output
+    ctx.set_materialize_grads(False)
+    ctx.alpha, ctx.scaling, ctx.training = alpha, scaling, training
+    # For softmax the mean under p^1 is the output itself.
+    mean = out if alpha == 1.0 else mean
+    ctx.save_for_backward(query, key, value, query_scale, slopes, key_start, key_end, query_positions, mean, *state)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    if not ctx.training:
+        raise RuntimeError("triton_forward was called with training=False; its output has no gradient.")
+    query, key, value, query_scale, slopes, *rest = ctx.saved_tensors
+    scale_gradient, slope_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    grads = backward_op(
+        grad, query, key, value, query_scale, slopes, *rest, ctx.alpha, ctx.scaling, scale_gradient, slope_gradient
+    )
+    grad_scale = grads[3].to(query_scale.dtype) if scale_gradient else None
+    return (*grads[:3], grad_scale, grads[4] if slope_gradient else None, *(None,) * 6)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,101 @@
+"""What every kernel does with one tile of queries or scores: scheduling, visible ranges, masks and distances."""
+
+import triton
+import triton.language as tl
+
+# Strides are passed in units of this many elements: the compiler sees that rows can be read by 16 bytes.
+ALIGNMENT = tl.constexpr(8)
+
+
+@triton.jit
+def schedule(pid, q_tiles, heads, heads_at_once):
+    """Map a program to (query tile, batch * head): heavy causal tiles first, few heads at a time to stay in the L2."""
+    wave = pid // (heads_at_once * q_tiles)
+    within = pid - wave * heads_at_once * q_tiles
+    wave_heads = tl.minimum(heads_at_once, heads - wave * heads_at_once)
+    return q_tiles - 1 - within // wave_heads, wave * heads_at_once + within % wave_heads
+
+
+@triton.jit
+def visible_keys(KEY_START, KEY_END, base, rows, q_len, k_len):
+    """Half-open key range of each row, whether it is empty, and the tile's outer and inner range.
+
+    Returns ``start, end, live`` # [BM], and scalars ``lo, hi`` (every visible key lies in [lo, hi)) and ``full_lo,
+    full_hi`` (every live row sees every key of [full_lo, full_hi)).
+    """
+    inside = rows < q_len
+    start = tl.maximum(tl.load(KEY_START + base + rows, mask=inside, other=0), 0)
+    end = tl.minimum(tl.load(KEY_END + base + rows, mask=inside, other=0), k_len)
+    live = end > start
+    lo = tl.min(tl.where(live, start, k_len), 0)
+    hi = tl.max(tl.where(live, end, 0), 0)
+    full_lo = tl.max(tl.where(live, start, 0), 0)
+    full_hi = tl.min(tl.where(live, end, k_len), 0)
+    return start, end, live, lo, hi, full_lo, full_hi
+
+
+@triton.jit
+def positions_of(QUERY_POSITIONS, base, rows, q_len, k_len, HAS_POSITIONS: tl.constexpr):
+    """Positions of the rows for the ALiBi distance, float32. # [BM]"""
+    if HAS_POSITIONS:
+        return tl.load(QUERY_POSITIONS + base + rows, mask=rows < q_len, other=0).to(tl.float32)
+    else:
+        return (rows + (k_len - q_len)).to(tl.float32)
+
+
+@triton.jit
+def distance(position, keys):
+    """``|position_i - j|`` in float32 (exact up to 2^24). # [BM, BN]"""
+    return tl.abs(position[:, None] - keys[None, :].to(tl.float32))
+
+
+@triton.jit
+def mask_invisible(scores, keys, start, end):
+    """-inf where a row does not see a key. # [BM, BN]"""
+    visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def load_tile(base, stride, first, limit, rows, dims, D: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``first + rows`` of a matrix with D columns, zero from row ``limit`` on and past D. # [BM, PADDED]
+
+    The tile's origin is a 64-bit scalar; offsets within a tile are loop-invariant and fit in 32 bits.
+    """
+    stride = stride * ALIGNMENT
+    pointers = base + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
+    mask = rows[:, None] < limit - first
+    if D != PADDED:
+        mask = mask & (dims[None, :] < D)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, first, limit, rows, dims, values, D: tl.constexpr, PADDED: tl.constexpr):
+    """Write rows ``first + rows`` below ``limit`` and their first D columns."""
+    stride = stride * ALIGNMENT
+    pointers = base + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
+    mask = rows[:, None] < limit - first
+    if D != PADDED:
+        mask = mask & (dims[None, :] < D)
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_base(pointer, stride_b, stride_h, b, h):
+    """First element of one head, by 64-bit offsets."""
+    offset = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    return pointer + offset * ALIGNMENT
+
+
+@triton.jit
+def margin(scores, scale, reference, offset, inverse, EXACT: tl.constexpr):
+    """Scaled scores less the row's threshold, in units of the row's normaliser.
+
+    EXACT keeps the digits that a threshold of 1e4 would lose, by subtracting the row maximum first; elsewhere scale
+    and reference already contain the offset and the normaliser.
+    """
+    if EXACT:
+        return ((scores * scale - reference) - offset) * inverse
+    else:
+        return scores * scale - reference

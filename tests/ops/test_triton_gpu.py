@@ -1,0 +1,61 @@
+"""The Triton kernels on a GPU, against dense attention in float64."""
+
+import pytest
+import torch
+from triton_cases import Case, check_against_dense, make_inputs, run_kernels
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations():
+    """Fresh memory holds NaN (integers: their largest value): reading what nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+CASES = [
+    *(Case(n, n, 3, 1, 64, dtype=BF16) for n in (1, 7, 63, 65, 1000)),
+    Case(4097, 4097, 2, 1, 64, dtype=BF16),
+    *(
+        Case(517, 517, 2, 2, 64, dtype=BF16, alpha=alpha, scores=scores)
+        for alpha in (1.5, 2.0)
+        for scores in ("sharp", "heavy", "tied", "equal", "huge", "needle")
+    ),
+    *(Case(300, 517, 4, 2, 64, dtype=BF16, scores="sharp", ranges=r, batch=2) for r in ("full", "window", "padded")),
+    *(Case(517, 517, 2, 1, 64, dtype=BF16, ranges=r, batch=2, scale=True) for r in ("packed", "holes")),
+    *(
+        Case(700, 700, 5, 1, 64, dtype=BF16, alpha=alpha, scores="sharp", scale=True, slopes=True)
+        for alpha in (1.0, 1.25, 1.5, 1.8, 2.0)
+    ),
+    Case(333, 700, 4, 2, 64, dtype=BF16, slopes=True, positions=True, ranges="full"),
+    *(Case(300, 300, 2, 1, d, dtype=BF16, scores="sharp") for d in (16, 32, 80, 96, 100, 128, 256)),
+    Case(300, 300, 2, 1, 64, 128, dtype=BF16, scores="sharp"),
+    *(Case(300, 300, 7, 1, d, dtype=FP16, scores="sharp", alpha=a) for d in (64, 128) for a in (1.0, 1.5)),
+    Case(1000, 1000, 2, 1, 64, dtype=FP16, scores="equal", ranges="full"),
+    *(Case(300, 300, 2, 1, d, dtype=FP32, scores="sharp", scale=True) for d in (16, 64, 128, 256)),
+    *(Case(300, 300, 2, 1, 64, dtype=FP32, scores=s, alpha=a) for s in ("huge", "tied") for a in (1.0, 1.5, 2.0)),
+    Case(517, 517, 2, 2, 64, dtype=BF16, alpha=1.0, ranges="holes", scale=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_dense(case):
+    check_against_dense(case, "cuda")
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_reruns_are_bit_identical(alpha):
+    case = Case(2049, 2049, 4, 2, 64, dtype=BF16, alpha=alpha, scores="sharp", scale=True, slopes=True)
+    inputs = make_inputs(case, "cuda")
+    first = run_kernels(case, inputs)
+    for _ in range(5):
+        for a, b in zip(first, run_kernels(case, inputs)):
+            assert torch.equal(a, b)
