@@ -111,7 +111,9 @@ class RunOptions:
         default=8, metadata=_help("rows per forward pass of one process; the rest is accumulated")
     )
     learning_rate: float = field(default=1e-3, metadata=_help("peak learning rate"))
-    final_learning_rate: float = field(default=0.1, metadata=_help("learning rate at the end, as a share of the peak"))
+    final_learning_rate: float | None = field(
+        default=None, metadata=_help("learning rate at the end; default: a tenth of the peak")
+    )
     schedule: Literal["cosine", "wsd", "constant"] = field(
         default="cosine", metadata=_help("after warmup; wsd: constant, then linear decay")
     )
@@ -148,7 +150,7 @@ class RunOptions:
         if not self.output_dir:
             raise ArgumentError("output_dir: no folder given")
         at_least_one = ("max_steps", "batch_size", "device_batch_size", "logging_steps", "keep_checkpoints")
-        not_negative = ("warmup_steps", "eval_steps", "save_steps", "seed", "final_learning_rate", "weight_decay")
+        not_negative = ("warmup_steps", "eval_steps", "save_steps", "seed", "weight_decay")
         not_negative += ("max_grad_norm", "scale_lr_multiplier")
         for name in at_least_one:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -158,6 +160,10 @@ class RunOptions:
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 to below 1")
         for name in ("learning_rate", "adam_epsilon"):
             _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        if self.final_learning_rate is None:
+            self.final_learning_rate = self.learning_rate / 10
+        within = 0 <= self.final_learning_rate <= self.learning_rate
+        _check(within, "final_learning_rate", self.final_learning_rate, "0 to learning_rate")
         if self.decay_steps is None:
             self.decay_steps = max(1, self.max_steps // 5)
         _check(1 <= self.decay_steps <= self.max_steps, "decay_steps", self.decay_steps, "1 to max_steps")
@@ -166,7 +172,7 @@ class RunOptions:
 
     def learning_rate_factor(self, step: int) -> float:
         """Learning rate of the update after ``step`` finished ones, as a share of the peak."""
-        floor = self.final_learning_rate
+        floor = self.final_learning_rate / self.learning_rate
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "constant":

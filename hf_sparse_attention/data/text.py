@@ -60,7 +60,8 @@ def load_documents(
     if len(parts) == 1:
         return parts[0]
     # parquet may say large_string where the others say string
-    return datasets.concatenate_datasets([part.cast_column("text", datasets.Value("string")) for part in parts])
+    features = datasets.Features({"text": datasets.Value("string")})
+    return datasets.concatenate_datasets([part.cast(features) for part in parts])
 
 
 def is_local(name: str) -> bool:
