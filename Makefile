@@ -16,8 +16,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(BIN)/python -m pip install -q -e '.[recipes,test]'
 	touch $@
 
+quickstart: install
+	$(BIN)/python recipes/quickstart.py
+
+# One process per core, each on one thread.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
