@@ -1,24 +1,27 @@
 """Registers the presets with transformers and teaches model construction, loading and saving about them.
 
-Four methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
-``PreTrainedConfig.from_dict``, ``PreTrainedModel.get_correct_attn_implementation``, ``PreTrainedModel.post_init`` and
-``PreTrainedModel._initialize_weights``.
+Five methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
+``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
+``PreTrainedModel.post_init`` and ``PreTrainedModel._initialize_weights``.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .attention import sparse_attention_forward
 from .config import PRESETS, SparseAttentionConfig, merge_settings
 from .conversion import attach, is_attached, resolve_settings, text_config
+from .hub import update_remote_code
 from .length_scale import SCALE_MODULES
 from .masks import sparse_attention_mask
 from .models import unsupported_model
@@ -40,6 +43,7 @@ def register() -> None:
     PreTrainedConfig.sparse_attention = None
     from_dict = PreTrainedConfig.__dict__["from_dict"].__func__
     PreTrainedConfig.from_dict = classmethod(_wrapped(from_dict, _from_dict))
+    PreTrainedConfig.to_json_file = _wrapped(PreTrainedConfig.to_json_file, _to_json_file)
     for name, wrapper in (
         ("get_correct_attn_implementation", _get_correct_attn_implementation),
         ("post_init", _post_init),
@@ -63,6 +67,26 @@ def _from_dict(original: Callable, cls: type, config_dict: dict[str, Any], **kwa
     if isinstance(given, Mapping) and isinstance(stored, Mapping):
         kwargs["sparse_attention"] = merge_settings(stored, given)
     return original(cls, config_dict, **kwargs)
+
+
+def _to_json_file(
+    original: Callable, self: PreTrainedConfig, json_file_path: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
+    """A checkpoint's config names its preset, and the code beside it that ``trust_remote_code=True`` runs."""
+    path = Path(json_file_path)
+    if path.name == CONFIG_NAME:
+        preset = _requested_preset(self)
+        if preset in PRESETS and text_config(self) is self:
+            resolve_settings(self, preset)
+        update_remote_code(self, path.parent)
+    original(self, json_file_path, *args, **kwargs)
+
+
+def _requested_preset(config: PreTrainedConfig) -> str | None:
+    """What the config asks for; with settings and no attention implementation, the preset of its settings."""
+    if config._attn_implementation is None and config.sparse_attention is not None:
+        return SparseAttentionConfig.from_dict(config.sparse_attention).preset
+    return config._attn_implementation
 
 
 def _get_correct_attn_implementation(

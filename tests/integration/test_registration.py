@@ -84,7 +84,7 @@ def test_saved_config_is_plain_json(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["attn_implementation"] == "asentmax"
     assert config["sparse_attention"]["position_encoding"] == "nape"
-    assert "auto_map" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
