@@ -20,7 +20,7 @@ def plot_perplexity(
         results: per checkpoint ``by_length`` and ``by_position`` as in the recipe's JSON.
         unigram: perplexity without context, drawn as a dotted line.
     """
-    figure, ((left, right),) = _figure(1, 2, width=10.0, height=4.0)
+    figure, ((left, right),) = figure_grid(1, 2, width=10.0, height=4.0)
     for number, (name, result) in enumerate(results.items()):
         style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
         lengths = [int(length) for length in result["by_length"]]
@@ -36,11 +36,11 @@ def plot_perplexity(
     left.set_ylabel("perplexity of the same target tokens")
     right.set_ylabel("mean loss (nats per token)")
     for axes, label in ((left, "context length (tokens)"), (right, "position (tokens read before)")):
-        _length_axis(axes, label, train_length)
+        length_axis(axes, label, train_length)
     ticks = sorted({int(length) for result in results.values() for length in result["by_length"]})
     left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_needles(
@@ -58,7 +58,7 @@ def plot_needles(
     tasks = list(next(iter(grids.values())))
     width, height = 1.6 + 0.55 * len(lengths), 0.9 + 0.28 * len(depths)
     size = {"width": width * len(tasks) + 0.8, "height": height * len(grids) + 0.4}
-    figure, axes_grid = _figure(len(grids), len(tasks), **size)
+    figure, axes_grid = figure_grid(len(grids), len(tasks), **size)
     beyond = next((i for i, length in enumerate(lengths) if length > train_length), len(lengths))
     for axes_row, (name, by_task) in zip(axes_grid, grids.items(), strict=True):
         for axes, task in zip(axes_row, tasks, strict=True):
@@ -73,11 +73,11 @@ def plot_needles(
     for axes in axes_grid[:, 0]:
         axes.set_ylabel("depth of the needle", fontsize=8)
     figure.colorbar(image, ax=axes_grid, label="needles found", fraction=0.05)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    # A figure of its own canvas: no global state, no display needed.
+def figure_grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure (inches) on a canvas of its own, without global state or a display, and its axes [row, column]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,14 +86,17 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _length_axis(axes: Axes, label: str, train_length: int) -> None:
+def length_axis(axes: Axes, label: str, train_length: int | None) -> None:
+    """Lengths on a logarithmic axis, with a line at the training length, if any."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel(label)
-    axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
-    axes.text(train_length, 0.98, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
+    if train_length is not None:
+        axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
+        axes.text(train_length, 0.98, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="top")
     axes.grid(alpha=0.25)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
