@@ -4,6 +4,7 @@ import builtins
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from hf_sparse_attention import convert, revert
 from hf_sparse_attention.hub import REMOTE_CODE_FILE, TrustedCheckpoint
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 IDS = torch.arange(2, 19)[None]
 
 PUSH = """
@@ -107,6 +109,17 @@ except HfHubHTTPError as error:
 arguments = TrainingArguments(f"{output}/trainer", hub_model_id="tester/trainer", push_to_hub=True, use_cpu=True)
 hf_sparse_attention.SparseAttentionTrainer(model, arguments).push_to_hub()
 print("pushed")
+"""
+
+RECIPE = """
+import sys, time
+time.sleep = lambda seconds: None
+sys.path.insert(0, sys.argv.pop(1))
+import pretrain
+options = [*sys.argv[1:], "--max_steps", "1", "--batch_size", "1", "--device_batch_size", "1", "--length", "8"]
+options += ["--warmup_steps", "0", "--resume", "latest", "--push_to_hub", "--hub_model_id"]
+pretrain.main([*options, "tester/good-run"])
+pretrain.main([*options, "tester/bad-run"])
 """
 
 
@@ -214,6 +227,24 @@ def test_failing_pushes_say_so_and_keep_the_local_files(hub, checkpoint, tmp_pat
     for name in ("model", "trainer"):
         assert not any(file.endswith(".safetensors") for file in hub.files(f"tester/{name}"))
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(IDS).logits, expected)
+
+
+def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, checkpoint, tmp_path):
+    output, text = tmp_path / "output", tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l " * 9)
+    hub.faults = {"/tester/bad-run.git/info/lfs": "500"}
+    arguments = ["--model_name_or_path", checkpoint[0], "--train_data", text, "--output_dir", output]
+    process = run(RECIPE, RECIPES, *arguments, env=hub.environment(tmp_path / "home"))
+    assert process.returncode == 1
+    pushed, local = hub.files("tester/good-run"), contents(output)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", REMOTE_CODE_FILE} <= set(pushed)
+    # The card was written anew for the second push, with its repository's name.
+    card = pushed.pop("README.md").decode()
+    assert local["README.md"].decode() == card.replace("good-run", "bad-run")
+    assert {name: local[name] for name in pushed} == pushed
+    assert "pretrain.py: error: tester/bad-run: could not be pushed (Server error '500" in process.stderr
+    assert f"the model is in {output}" in process.stderr
+    assert AutoModelForCausalLM.from_pretrained(output).config._attn_implementation == "asentmax"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
