@@ -12,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,8 +131,10 @@ class ChunkedAttention:
             None if grad_slopes is None else grad_slopes.to(self.slopes.dtype),
         )
 
-    def _tiles(self):
-        return plan_tiles(self.query, self.key, self.key_start, self.key_end)
+    def _tiles(self) -> Iterator[Tile]:
+        # Dropout depends on the tiles, so they must not depend on what may change before the backward.
+        threads = torch.get_num_threads() if self.dropout_p == 0.0 else 1
+        return plan_tiles(self.query, self.key, self.key_start, self.key_end, threads)
 
     def _query_heads(self, tile: Tile) -> slice:
         return slice(tile.heads.start * self._group, tile.heads.stop * self._group)

@@ -82,7 +82,7 @@ def solve(scores: Tensor, alpha: float, slope: Tensor, weight: Tensor) -> tuple[
     if alpha == 1.0:
         return weights, tau, total
 
-    limit = 1.0 + 16.0 * torch.finfo(scores.dtype).eps
+    limit = 1.0 + 4.0 * torch.finfo(scores.dtype).eps
     for _ in range(_MAX_STEPS):
         unsolved = total > limit
         if not unsolved.any():

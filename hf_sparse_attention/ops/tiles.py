@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Scores in a tile: on a CPU the tile stays in the caches, elsewhere it keeps the device busy.
-_CPU_TILE_SCORES, _TILE_SCORES = 2**18, 2**24
+# Scores in a tile: on a CPU each thread's share stays in its cache, elsewhere a tile keeps the device busy.
+_CPU_TILE_SCORES, _TILE_SCORES = 2**19, 2**24
 # Queries in a tile: few waste little above the causal diagonal, many make better matrix products.
 _CPU_TILE_QUERIES, _TILE_QUERIES, _MIN_TILE_QUERIES = 64, 512, 16
 
@@ -37,8 +37,10 @@ class _Bounds(NamedTuple):
     end_max: int
 
 
-def plan_tiles(query: Tensor, key: Tensor, key_start: Tensor | None, key_end: Tensor | None) -> Iterator[Tile]:
-    """Tiles that cover every pair of a query and a key in its range once.
+def plan_tiles(
+    query: Tensor, key: Tensor, key_start: Tensor | None, key_end: Tensor | None, threads: int
+) -> Iterator[Tile]:
+    """Tiles, for so many CPU threads, that cover every pair of a query and a key in its range once.
 
     A tile has several batch entries only with all of their heads, so that its heads are neighbours in memory.
     """
@@ -47,7 +49,7 @@ def plan_tiles(query: Tensor, key: Tensor, key_start: Tensor | None, key_end: Te
     if query.numel() == 0 or key_length == 0:
         return
     on_cpu = query.device.type == "cpu"
-    budget = _CPU_TILE_SCORES if on_cpu else _TILE_SCORES
+    budget = _CPU_TILE_SCORES * threads if on_cpu else _TILE_SCORES
     group = query_heads // key_heads
     rows = max(_MIN_TILE_QUERIES, budget // (group * key_length))
     rows = min(rows, query_length, _CPU_TILE_QUERIES if on_cpu else _TILE_QUERIES)
