@@ -1,8 +1,8 @@
 """Registers the presets with transformers and teaches model construction, loading and saving about them.
 
-Five methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
+Six methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
 ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
-``PreTrainedModel.post_init`` and ``PreTrainedModel._initialize_weights``.
+``PreTrainedModel.post_init``, ``PreTrainedModel._initialize_weights`` and ``GenerationMixin.init_continuous_batching``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import CONFIG_NAME, logging
 
@@ -50,6 +51,9 @@ def register() -> None:
         ("_initialize_weights", _initialize_weights),
     ):
         setattr(PreTrainedModel, name, _wrapped(getattr(PreTrainedModel, name), wrapper))
+    GenerationMixin.init_continuous_batching = _wrapped(
+        GenerationMixin.init_continuous_batching, _init_continuous_batching
+    )
 
 
 def _wrapped(original: Callable, wrapper: Callable) -> Callable:
@@ -146,3 +150,14 @@ def _initialize_weights(
             module._is_hf_initialized = True
         return
     original(self, module, *args, **kwargs)
+
+
+def _init_continuous_batching(original: Callable, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own refusal advises attention that computes something else."""
+    preset = text_config(self.config)._attn_implementation
+    if preset in PRESETS:
+        raise ValueError(
+            f"attn_implementation={preset!r} has no paged cache, which generate_batch and continuous batching need. "
+            "Use model.generate with a left-padded batch; with sdpa or eager the model would compute other attention."
+        )
+    return original(self, *args, **kwargs)

@@ -24,6 +24,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+import hf_sparse_attention  # noqa: F401 - registers the presets
+
 VOCAB = 61
 _SIZES = {
     "vocab_size": VOCAB,
