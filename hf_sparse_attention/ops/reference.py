@@ -88,6 +88,9 @@ def entmax_weights(scores: Tensor, alpha: float, visible: Tensor | None = None, 
 def _entmax(scores: Tensor, alpha: float) -> Tensor:
     """alpha-entmax for alpha > 1, in float64: sums over sorted rows and powers of 1 / (alpha - 1) lose digits."""
     shifted = (scores - scores.detach().amax(-1, keepdim=True)).to(torch.float64)
+    # Sorting solvers index out of bounds in a row with NaN; it is NaN throughout, as under softmax.
+    broken = shifted.isnan().any(-1, keepdim=True)
+    shifted = shifted.masked_fill(broken, 0.0)
     if alpha == 2.0:
         weights = sparsemax(shifted, dim=-1)
     elif alpha == 1.5 and scores.dtype != torch.float64:
@@ -95,4 +98,4 @@ def _entmax(scores: Tensor, alpha: float) -> Tensor:
         weights = entmax15(shifted, dim=-1)
     else:
         weights = entmax_bisect(shifted, alpha, dim=-1, n_iter=_BISECTIONS)
-    return weights.to(scores.dtype)
+    return weights.masked_fill(broken, torch.nan).to(scores.dtype)

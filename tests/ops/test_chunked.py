@@ -215,3 +215,14 @@ def test_never_holds_a_matrix_of_scores(alpha, monkeypatch):
         _, statistics = attention.forward()
         attention.backward(grad, statistics, False, True)
     assert 0 < record.largest <= budget < length**2 / 10
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_nan_is_not_hidden(alpha, impl):
+    query, key, value = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    query[0, 0, 4] = torch.nan
+    key[0, 1, 15] = torch.nan
+    output = sparse_attention(query, key, value, alpha=alpha, is_causal=True, impl=impl)
+    assert torch.equal(output[0, 0].isnan().any(-1).nonzero().flatten(), torch.tensor([4]))
+    assert output[0, 1, 15:].isnan().all()
