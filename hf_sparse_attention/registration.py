@@ -2,7 +2,7 @@
 
 Six methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
 ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
-``PreTrainedModel.post_init``, ``PreTrainedModel._initialize_weights`` and ``GenerationMixin.init_continuous_batching``.
+``PreTrainedModel.post_init`` and ``_initialize_weights``, and ``GenerationMixin.init_continuous_batching``.
 """
 
 from __future__ import annotations
