@@ -50,7 +50,7 @@ def query_gradient_kernel(
     stride_range, stride_position, batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once,
     scaling, unit, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     SCALE_GRADIENT: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -94,9 +94,9 @@ def query_gradient_kernel(
     moment = tl.zeros([BM], tl.float32)
     LIST += (tl.cast(bh, tl.int64) * q_tiles + q_tile) * k_tiles
     count = tl.load(COUNT + tl.cast(bh, tl.int64) * q_tiles + q_tile)
-    for i in tl.range(0, count, num_stages=STAGES):
-        entry = tl.load(LIST + i).to(tl.int32)
-        first = (entry >> 1) * BN
+    for i in tl.range(0, count * PARTS, num_stages=STAGES):
+        entry = tl.load(LIST + i // PARTS).to(tl.int32)
+        first = (entry >> 1) * (PARTS * BN) + (i % PARTS) * BN
         fix = (entry & 1) != 0
         if HAS_SLOPES:
             fix = fix | (slope != 0)
@@ -163,17 +163,19 @@ def key_value_gradient_kernel(
     stride_range, stride_position, batch, q_heads, group, q_len, k_len, q_tiles, k_tiles,
     unit, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    TILE_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    TILE_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BN keys, summed over the query heads of its group in a fixed order.
 
-    Grid: (k_tiles * batch * key_heads,). A listed tile of TILE_M queries is read BM rows at a time.
+    Grid: (ceil(k_len / BN) * batch * key_heads,). A listed tile has TILE_M queries, read BM at a time, and PARTS * BN
+    keys.
     """
     k_heads = q_heads // group
     pid = tl.program_id(0)
-    k_tile = pid // (batch * k_heads)
+    key_block = pid // (batch * k_heads)
+    k_tile = key_block // PARTS
     bh = pid % (batch * k_heads)
     b = bh // k_heads
     k_head = bh % k_heads
@@ -181,7 +183,7 @@ def key_value_gradient_kernel(
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DP)
     dims_v = tl.arange(0, DVP)
-    first = k_tile * BN
+    first = key_block * BN
     keys = first + cols
     k = load_tile(head_base(K, stride_kb, stride_kh, b, k_head), stride_kn, first, k_len, cols, dims, D, DP)
     v = load_tile(head_base(V, stride_vb, stride_vh, b, k_head), stride_vn, first, k_len, cols, dims_v, DV, DVP)
@@ -189,7 +191,7 @@ def key_value_gradient_kernel(
     position_base = tl.cast(b, tl.int64) * stride_position
     grad_k = tl.zeros([BN, DP], tl.float32)
     grad_v = tl.zeros([BN, DVP], tl.float32)
-    parts: tl.constexpr = TILE_M // BM
+    row_parts: tl.constexpr = TILE_M // BM
 
     for member in range(0, group):
         h = k_head * group + member
@@ -201,9 +203,9 @@ def key_value_gradient_kernel(
             slope = tl.load(SLOPES + h).to(tl.float32) * unit
         entries = LIST + (q_bh * k_tiles + k_tile) * q_tiles
         count = tl.load(COUNT + q_bh * k_tiles + k_tile)
-        for i in tl.range(0, count * parts, num_stages=STAGES):
-            entry = tl.load(entries + i // parts).to(tl.int32)
-            first_row = (entry >> 1) * TILE_M + (i % parts) * BM
+        for i in tl.range(0, count * row_parts, num_stages=STAGES):
+            entry = tl.load(entries + i // row_parts).to(tl.int32)
+            first_row = (entry >> 1) * TILE_M + (i % row_parts) * BM
             fix = (entry & 1) != 0
             if HAS_SLOPES:
                 fix = fix | (slope != 0)

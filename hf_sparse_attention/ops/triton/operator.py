@@ -7,8 +7,10 @@ import triton
 from torch import Tensor
 
 from .backward import key_value_gradient_kernel, query_gradient_kernel, transpose_list_kernel
-from .forward import entmax_forward_kernel, key_norms_kernel
+from .output import output_kernel
 from .softmax import softmax_forward_kernel
+from .solve import solve_kernel
+from .sweep import key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
 from .tiles import ALIGNMENT
 from .tiling import Tiling, padded, tiling
@@ -17,9 +19,9 @@ LOG2_E = 1.4426950408889634
 # Keys and values of the heads in flight should fit in the L2 cache beside everything else.
 _L2_BYTES = 24 * 2**20
 # |F^(1/beta) - 1| before the last step of the threshold, by input dtype; the step leaves far less.
-_TOLERANCE = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-5, torch.float32: 2.0**-10}
+_TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.1, torch.float32: 2.0**-10}
 # For sparsemax a step can leave a fixed part of what it started from.
-_SPARSEMAX_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
+_SPARSEMAX_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 2.0**-16}
 
 
 def _kind(alpha: float) -> int:
@@ -63,11 +65,10 @@ class _Geometry:
         self.batch, self.q_heads, self.q_len, self.dim = query.shape
         self.k_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
         self.group = self.q_heads // self.k_heads
-        self.q_tiles = triton.cdiv(self.q_len, tiles.forward.rows)
-        self.k_tiles = triton.cdiv(self.k_len, tiles.forward.columns)
+        self.q_tiles = triton.cdiv(self.q_len, tiles.rows)
+        self.k_tiles = triton.cdiv(self.k_len, tiles.columns)
         bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
         self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
-        self.dims = {"D": self.dim, "DP": padded(self.dim), "DV": self.value_dim, "DVP": padded(self.value_dim)}
         self.exact = query.dtype == torch.float32
         tf32 = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
         self.precision = "tf32" if tf32 or not self.exact else "ieee"
@@ -78,9 +79,9 @@ class _Geometry:
 
 def _list_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
     tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
-    q_tiles = (query.shape[2] + tiles.forward.rows - 1) // tiles.forward.rows
-    k_tiles = (key.shape[2] + tiles.forward.columns - 1) // tiles.forward.columns
-    return query.shape[0] * query.shape[1], q_tiles, k_tiles, tiles.forward.rows
+    q_tiles = (query.shape[2] + tiles.rows - 1) // tiles.rows
+    k_tiles = (key.shape[2] + tiles.columns - 1) // tiles.columns
+    return query.shape[0] * query.shape[1], q_tiles, k_tiles, tiles.rows
 
 
 @torch.library.custom_op("hf_sparse_attention::triton_forward", mutates_args=())
@@ -110,42 +111,67 @@ def forward_op(
     heads, q_tiles, k_tiles = geometry.batch * geometry.q_heads, geometry.q_tiles, geometry.k_tiles
     kind = _kind(alpha)
     out = _tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
-    mean = torch.empty_like(out) if training and kind != SOFTMAX.value else out.new_empty(0)
-    rows = out.new_empty((4, heads, q_tiles * tiles.forward.rows) if training else (4, 0), dtype=torch.float32)
-    # The sparse kernels keep their candidates in the list, softmax writes one for the backward only.
-    listed = training or kind != SOFTMAX.value
-    lists = out.new_empty((heads, q_tiles, k_tiles) if listed else 0, dtype=_list_dtype(q_tiles, k_tiles))
-    counts = out.new_empty((heads, q_tiles) if training else 0, dtype=torch.int32)
+    sparse = kind != SOFTMAX.value
+    mean = torch.empty_like(out) if training and sparse else out.new_empty(0)
+    # The sparse kernels hand each other rows and candidates; softmax writes them for the backward only.
+    keep = training or sparse
+    rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
+    lists = out.new_empty((heads, q_tiles, k_tiles) if keep else 0, dtype=_list_dtype(q_tiles, k_tiles))
+    counts = out.new_empty((heads, q_tiles) if keep else 0, dtype=torch.int32)
     flags = out.new_zeros((heads, q_tiles, k_tiles) if training else 0, dtype=torch.uint8)
+    state = (mean, rows, lists, counts, flags)
     if out.numel() == 0:
-        return out, mean, rows, lists, counts, flags
+        return out, *(state if training else _no_state(state))
 
-    launch = tiles.forward
+    scale, reference, offset, inverse = rows
     common = {
-        **geometry.dims, "BM": launch.rows, "BN": launch.columns, "HAS_SCALE": query_scale is not None,
-        "HAS_SLOPES": slopes is not None, "HAS_POSITIONS": query_positions is not None, "TRAINING": training,
-        "PRECISION": geometry.precision, "EXACT": geometry.exact,
-        "STAGES": launch.stages, "num_warps": launch.warps,
+        "D": geometry.dim, "DP": padded(geometry.dim), "BM": tiles.rows,
+        "HAS_SCALE": query_scale is not None, "HAS_SLOPES": slopes is not None,
+        "HAS_POSITIONS": query_positions is not None, "PRECISION": geometry.precision,
     }  # fmt: skip
+    values = {"DV": geometry.value_dim, "DVP": padded(geometry.value_dim), "TRAINING": training}
     ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
-    places = (*_strides(query, key, value), *ranges, *geometry.sizes(), geometry.heads_at_once)
+    places = (*ranges, *geometry.sizes(), geometry.heads_at_once)
+    visible = (key_start, key_end, query_positions)
     grid = (q_tiles * heads,)
-    if kind == SOFTMAX.value:
+    if not sparse:
         if training:
-            rows[3].fill_(1.0)
+            inverse.fill_(1.0)
         softmax_forward_kernel[grid](
-            query, key, value, query_scale, slopes, key_start, key_end, query_positions,
-            out, rows[0], rows[1], rows[2], lists, counts, flags, *places, scaling, **common,
+            query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags,
+            *_strides(query, key, value), *places, scaling,
+            EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
         )  # fmt: skip
-    else:
-        norms = None if slopes is None else _key_norms(key, launch.columns)
-        limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
-        entmax_forward_kernel[grid](
-            query, key, value, query_scale, slopes, norms, key_start, key_end, query_positions,
-            out, mean, *rows, lists, counts, flags, *places,
-            scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0), limits[query.dtype], KIND=kind, **common,
-        )  # fmt: skip
-    return out, mean, rows, lists if training else lists.new_empty(0), counts, flags
+        return out, *(state if training else _no_state(state))
+
+    limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
+    factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
+    norms = None if slopes is None else _key_norms(key, tiles.columns)
+    # INVERSE is written last: until then it holds the lower bounds.
+    bound = inverse
+    excess = rows.new_empty(heads, q_tiles, k_tiles)
+    sweep_kernel[grid](
+        query, key, query_scale, slopes, norms, *visible, reference, bound, offset, lists, excess, counts,
+        *_strides(query, key), *places, *factors, KIND=kind, **common,
+        **tiles.sweep.options(),
+    )  # fmt: skip
+    solve_kernel[grid](
+        query, key, query_scale, slopes, *visible, reference, bound, offset, lists, counts,
+        *_strides(query, key), *places, *factors, limits[query.dtype],
+        KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
+    )  # fmt: skip
+    output_kernel[grid](
+        query, key, value, query_scale, slopes, *visible, reference, offset, scale, inverse,
+        out, mean, lists, counts, flags, *_strides(query, key, value), *places, *factors,
+        KIND=kind, EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
+    )  # fmt: skip
+    return out, *(state if training else _no_state(state))
+
+
+def _no_state(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Empty tensors in place of what only the backward reads."""
+    mean, rows, lists, counts, flags = state
+    return mean, rows.new_empty(4, 0), lists.new_empty(0), counts.new_empty(0), flags
 
 
 def _row_stride(ranges: Tensor) -> int:
@@ -218,19 +244,19 @@ def backward_op(
     beta = 1.0 if alpha == 1.0 else 1.0 / (alpha - 1.0)
     delta = torch.empty_like(rows[0])
     common = {
-        **geometry.dims, "KIND": _kind(alpha), "HAS_SLOPES": slopes is not None,
+        "D": geometry.dim, "DP": padded(geometry.dim), "DV": geometry.value_dim, "DVP": padded(geometry.value_dim),
+        "KIND": _kind(alpha), "HAS_SLOPES": slopes is not None,
         "HAS_POSITIONS": query_positions is not None, "PRECISION": geometry.precision,
         "EXACT": geometry.exact,
     }  # fmt: skip
     ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
     places = (*_strides(query, key, value, grad), *ranges, *geometry.sizes())
 
-    launch = tiles.query
     query_gradient_kernel[(q_tiles * heads,)](
         query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows,
         lists, counts, delta, grad_query, grad_scale, slope_rows, *places, geometry.heads_at_once,
-        scaling, unit, beta, BM=launch.rows, BN=launch.columns, SCALE_GRADIENT=scale_gradient,
-        SLOPE_GRADIENT=slope_gradient, STAGES=launch.stages, num_warps=launch.warps, **common,
+        scaling, unit, beta, BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient,
+        **common, **tiles.query.options(tiles.columns),
     )  # fmt: skip
     key_lists = lists.new_empty(heads, k_tiles, q_tiles)
     key_counts = counts.new_empty(heads, k_tiles)
@@ -238,11 +264,10 @@ def backward_op(
     transpose_list_kernel[(triton.cdiv(k_tiles, columns), heads)](
         flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
     )
-    launch = tiles.key
-    key_value_gradient_kernel[(k_tiles * batch * k_heads,)](
+    key_value_gradient_kernel[(triton.cdiv(k_len, tiles.key.columns) * batch * k_heads,)](
         query, key, value, grad, slopes, key_start, key_end, query_positions, *rows,
-        key_lists, key_counts, delta, grad_key, grad_value, *places, unit, beta, TILE_M=tiles.forward.rows,
-        BM=launch.rows, BN=launch.columns, STAGES=launch.stages, num_warps=launch.warps, **common,
+        key_lists, key_counts, delta, grad_key, grad_value, *places, unit, beta, TILE_M=tiles.rows,
+        BM=tiles.key_rows, **common, **tiles.key.options(tiles.columns),
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_scale, _sum_slopes(slope_rows, slopes, slope_gradient)
 

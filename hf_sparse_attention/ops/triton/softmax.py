@@ -33,7 +33,7 @@ def softmax_forward_kernel(
     stride_range, stride_position, batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once,
     scale,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, TRAINING: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -67,16 +67,17 @@ def softmax_forward_kernel(
     m = tl.full([BM], NOTHING, tl.float32)
     z = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, DVP], tl.float32)
-    lo_tile = lo // BN
-    tiles = tl.maximum(tl.cdiv(hi, BN) - lo_tile, 0)
+    columns: tl.constexpr = PARTS * BN
+    lo_tile = lo // columns
+    tiles = tl.maximum(tl.cdiv(hi, columns) - lo_tile, 0)
     LIST += (tl.cast(bh, tl.int64) * q_tiles + q_tile) * k_tiles
     FLAGS += (tl.cast(bh, tl.int64) * q_tiles + q_tile) * k_tiles
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        tile = lo_tile + i
-        first = tile * BN
+    for i in tl.range(0, tiles * PARTS, num_stages=STAGES):
+        tile = lo_tile + i // PARTS
+        first = lo_tile * columns + i * BN
         k = load_tile(K, stride_kn, first, hi, cols, dims, D, DP)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c[:, None]
-        partial = (first < full_lo) | (first + BN > full_hi)
+        partial = (tile * columns < full_lo) | ((tile + 1) * columns > full_hi)
         fix = partial
         if HAS_SLOPES:
             fix = fix | (slope != 0)
@@ -94,7 +95,7 @@ def softmax_forward_kernel(
         m = m_new
         if TRAINING:
             entry = 2 * tile + partial.to(tl.int32)
-            tl.store(LIST + i, entry.to(LIST.dtype.element_ty))
+            tl.store(LIST + i // PARTS, entry.to(LIST.dtype.element_ty))
             tl.store(FLAGS + tile, (1 + partial.to(tl.int32)).to(tl.uint8))
 
     inverse_z = tl.where(live, 1.0 / tl.where(live, z, 1.0), 0.0)

@@ -99,3 +99,38 @@ def margin(scores, scale, reference, offset, inverse, EXACT: tl.constexpr):
         return ((scores * scale - reference) - offset) * inverse
     else:
         return scores * scale - reference
+
+
+@triton.jit
+def tile_scores(
+    q, K, stride, first, limit, cols, dims, start, end, position, slope, fix,
+    D: tl.constexpr, PADDED: tl.constexpr, HAS_SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of one tile before the row's scale; masked and with the ALiBi term where ``fix``. # [BM, BN]"""
+    k = load_tile(K, stride, first, limit, cols, dims, D, PADDED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if fix:
+        keys = first + cols
+        if HAS_SLOPES:
+            scores = scores - slope[:, None] * distance(position, keys)
+        scores = mask_invisible(scores, keys, start, end)
+    return scores
+
+
+@triton.jit
+def load_query(
+    Q, QUERY_SCALE, stride_b, stride_h, stride_n, b, h, q_heads, first, q_len, row, dims, scale,
+    D: tl.constexpr, PADDED: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, the positive factor of its scores, and whether the factor's sign went to the queries.
+
+    A positive factor commutes with the row maximum; the sign is exact in the queries.
+    """
+    q = load_tile(head_base(Q, stride_b, stride_h, b, h), stride_n, first, q_len, row, dims, D, PADDED)
+    factor = tl.zeros_like(row).to(tl.float32) + scale
+    if HAS_SCALE:
+        rows = tl.cast(b * q_heads + h, tl.int64) * q_len + first + row
+        factor *= tl.load(QUERY_SCALE + rows, mask=row < q_len - first, other=0.0).to(tl.float32)
+    negative = factor < 0
+    q = tl.where(negative[:, None], -q, q)
+    return q, tl.maximum(tl.abs(factor), 1.0e-25), negative

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,21 +11,32 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class Launch(NamedTuple):
-    """Rows and columns of a tile, warps of a program, and stages of its software pipeline."""
+    """How one kernel runs: keys of a tile it treats at once, warps, pipeline stages, limit of registers per thread."""
 
-    rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self, tile_columns: int | None = None) -> dict[str, Any]:
+        """Keyword arguments of the launch; with ``tile_columns`` also how many parts a listed tile is treated in."""
+        limit = {} if self.registers is None or INTERPRETED else {"maxnreg": self.registers}
+        parts = {} if tile_columns is None else {"PARTS": tile_columns // self.columns}
+        return {"BN": self.columns, "STAGES": self.stages, "num_warps": self.warps, **parts, **limit}
 
 
 class Tiling(NamedTuple):
-    """One list of tiles serves all kernels: ``forward.rows`` x ``forward.columns`` scores an entry.
+    """One list serves all kernels: an entry is a tile of ``rows`` queries and ``columns`` keys.
 
-    ``query`` has the same tile; ``key`` the same columns, and rows that divide the tile's.
+    The gradient of keys and values reads such a tile ``key_rows`` queries at a time.
     """
 
-    forward: Launch
+    rows: int
+    columns: int
+    key_rows: int
+    sweep: Launch
+    solve: Launch
+    output: Launch
     query: Launch
     key: Launch
 
@@ -36,15 +47,16 @@ def padded(head_dim: int) -> int:
 
 
 def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Launch parameters for the larger of the query's and the value's head dimension."""
-    if INTERPRETED:
-        return Tiling(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 16, 4, 1))
+    """Parameters for the larger of the query's and the value's head dimension."""
     size = padded(head_dim)
+    if INTERPRETED:
+        return Tiling(32, 32, 16, Launch(32, 4, 1), *[Launch(16, 4, 1)] * 4)
     if dtype == torch.float32:
-        rows = 64 if size <= 128 else 32
-        return Tiling(Launch(rows, 32, 8, 1), Launch(rows, 32, 8, 1), Launch(32, 32, 8, 1))
+        return Tiling(64 if size <= 128 else 32, 32, 32, *[Launch(32, 8, 1)] * 5)
     if size <= 64:
-        return Tiling(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2))
+        sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(64, 4, 3)
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 4, 3), Launch(64, 4, 3))
     if size <= 128:
-        return Tiling(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2))
-    return Tiling(Launch(64, 64, 8, 2), Launch(64, 64, 8, 1), Launch(32, 64, 8, 1))
+        sweep, solve, output = Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 3)
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 2), Launch(128, 8, 1))
+    return Tiling(64, 64, 32, Launch(64, 4, 2), Launch(64, 4, 2), *[Launch(64, 8, 2)] + [Launch(64, 8, 1)] * 2)

@@ -1,0 +1,92 @@
+"""Second kernel of the forward: the threshold of every row, by a few passes over the listed tiles."""
+
+import triton
+import triton.language as tl
+
+from .threshold import UNREACHABLE, converged, curvature, highest_offset, powers, solve_step
+from .tiles import head_base, load_query, margin, positions_of, schedule, tile_scores, visible_keys
+
+# Enough for bisection to reach float32 resolution; one or two passes are usual.
+MAX_PASSES = tl.constexpr(40)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_range",
+        "stride_position", "batch", "q_heads", "group", "q_len", "k_len", "q_tiles", "k_tiles", "heads_at_once",
+    ]
+)  # fmt: skip
+def solve_kernel(
+    Q, K, QUERY_SCALE, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS, REFERENCE, BOUND, OFFSET, LIST, COUNT,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
+    batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta, tolerance,
+    KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Replace the guesses in OFFSET by thresholds.
+
+    Grid: (q_tiles * batch * q_heads,).
+    """
+    q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
+    b = bh // q_heads
+    h = bh % q_heads
+    K = head_base(K, stride_kb, stride_kh, b, h // group)
+    row = tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DP)
+    rows = q_tile * BM + row
+    start, end, _live, _lo, hi, _full_lo, _full_hi = visible_keys(
+        KEY_START, KEY_END, tl.cast(b, tl.int64) * stride_range, rows, q_len, k_len
+    )
+    position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
+    q, c, _negative = load_query(
+        Q, QUERY_SCALE, stride_qb, stride_qh, stride_qn, b, h, q_heads, q_tile * BM, q_len, row, dims, scale,
+        D, DP, HAS_SCALE,
+    )  # fmt: skip
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(SLOPES + h).to(tl.float32) * alpha_minus_1
+    raw_slope = slope / c
+    tile_index = tl.cast(bh, tl.int64) * q_tiles + q_tile
+    slot = tile_index * BM + row
+    LIST += tile_index * k_tiles
+
+    reference = tl.load(REFERENCE + slot)
+    t = tl.load(OFFSET + slot)
+    found = t < UNREACHABLE
+    top = tl.where(found, highest_offset(reference), t)
+    lo_t = tl.load(BOUND + slot)
+    hi_t = top
+    count = tl.load(COUNT + tile_index)
+    unsolved = count
+    passes = 0
+    while (unsolved > 0) & (passes < MAX_PASSES):
+        tau = reference if EXACT else reference + t
+        f = tl.zeros([BM], tl.float32)
+        d = tl.zeros([BM], tl.float32)
+        e = tl.zeros([BM], tl.float32)
+        for i in tl.range(0, count * PARTS, num_stages=STAGES):
+            entry = tl.load(LIST + i // PARTS).to(tl.int32)
+            first = (entry >> 1) * (PARTS * BN) + (i % PARTS) * BN
+            fix = (entry & 1) != 0
+            if HAS_SLOPES:
+                fix = fix | (slope != 0)
+            a = tile_scores(
+                q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, fix,
+                D, DP, HAS_SLOPES, PRECISION,
+            )  # fmt: skip
+            x = tl.maximum(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT), 0.0)
+            p, u = powers(x, beta, KIND)
+            f += tl.sum(p, 1)
+            d += tl.sum(u, 1)
+            e += tl.sum(curvature(x, beta, KIND), 1)
+        t_new, lo_t, hi_t = solve_step(t, lo_t, hi_t, f, d, e, beta, KIND)
+        t_new = tl.minimum(t_new, top)
+        # A step below the resolution of tau changes nothing.
+        stuck = t_new == t if EXACT else (reference + t_new) == tau
+        open_rows = found & (~converged(f, d, e, beta, tolerance, KIND)) & (~stuck)
+        unsolved = tl.max(open_rows.to(tl.int32), 0)
+        t = tl.where(found, t_new, t)
+        passes += 1
+    tl.store(OFFSET + slot, t)
