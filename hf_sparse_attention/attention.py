@@ -178,7 +178,10 @@ def _settings(module: nn.Module) -> SparseAttentionConfig:
     if stored is None:
         return SparseAttentionConfig(preset=preset)
     # The dict stays the one place that says what is computed; parsing it costs more than a decode step should.
-    settings = SparseAttentionConfig(**stored) if torch.compiler.is_compiling() else _parse(tuple(stored.items()))
+    if torch.compiler.is_compiling() or any(isinstance(value, (list, dict)) for value in stored.values()):
+        settings = SparseAttentionConfig(**stored)
+    else:
+        settings = _parse(tuple(stored.items()))
     if settings.preset != preset:
         raise ValueError(
             f"The model was built with attn_implementation={settings.preset!r} and is now set to {preset!r}. Call "

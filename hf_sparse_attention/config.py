@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _check_number(name: str, value: Any, low: float, high: float) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    # False for NaN, infinity and integers beyond the range of floats.
+    if not is_number or not low <= value <= min(high, sys.float_info.max):
         bounds = f"a number of at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
         raise _error(name, value, bounds)
     return float(value)

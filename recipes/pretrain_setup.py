@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_sparse_attention.arguments import ArgumentError, load_yaml
 from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, train_tokenizer
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, make_training_rows
+from hf_sparse_attention.loading import check_finite, naming_broken_files
 
 
 def make_tokenizer(documents: Any, options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -52,9 +53,11 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, lengt
         if options.model_name_or_path is not None:
             if options.sparse_attention is not None:
                 attention["sparse_attention"] = options.sparse_attention
-            model = AutoModelForCausalLM.from_pretrained(
-                options.model_name_or_path, dtype=torch.float32, use_safetensors=True, **attention
-            )
+            with naming_broken_files(options.model_name_or_path):
+                model = AutoModelForCausalLM.from_pretrained(
+                    options.model_name_or_path, dtype=torch.float32, use_safetensors=True, **attention
+                )
+            check_finite(model, options.model_name_or_path)
         else:
             config = read_model_config(options)
             config.max_position_embeddings = length
@@ -73,7 +76,9 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, lengt
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size of {vocab_size}"
         )
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Older versions of transformers have only the second name.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_sparse_attention  # noqa: F401  (registers the attention implementations)
+from hf_sparse_attention.loading import check_finite, naming_broken_files
 
 ROPE_SCALINGS = ("none", "yarn", "dynamic")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -110,10 +111,12 @@ def load_model(
         _scale_rope(config, spec, train_length, max_length, rope_factor)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            spec.path, config=config, dtype=wanted, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        with naming_broken_files(spec.path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                spec.path, config=config, dtype=wanted, output_loading_info=True
+            )
+        check_finite(model, spec.path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"models: {spec.name}: {spec.path} cannot be loaded: {error}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
