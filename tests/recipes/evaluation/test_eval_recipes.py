@@ -14,6 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sparse_attention.arguments import parse
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+ARGUMENTS = {
+    "perplexity.py": "PerplexityArguments",
+    "needle.py": "NeedleArguments",
+    "analyze.py": "AnalyzeArguments",
+}
 
 
 @pytest.fixture(scope="session")
@@ -195,14 +200,14 @@ def test_text_too_short(run, texts, tmp_path, softmax_checkpoint):
         run("perplexity.py", *flags, "--data", tmp_path / "missing.txt")
 
 
-@pytest.mark.parametrize("recipe", ["perplexity.py", "needle.py"])
+@pytest.mark.parametrize("recipe", ARGUMENTS)
 def test_help_explains_every_flag(run, capsys, recipe):
     with pytest.raises(SystemExit) as stopped:
         run(recipe, "--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     module = runpy.run_path(str(RECIPES / recipe))
-    arguments = module["PerplexityArguments" if recipe == "perplexity.py" else "NeedleArguments"]
+    arguments = module[ARGUMENTS[recipe]]
     for name, field in arguments.__dataclass_fields__.items():
         assert f"--{name}" in text
         assert len(field.metadata["help"]) > 10
@@ -213,7 +218,6 @@ def test_configs_parse_and_carry_their_command(config):
     recipe = re.search(r"accelerate launch recipes/(\w+\.py) (\S+)", config.read_text().split("\n\n")[0])
     assert recipe[2] == f"recipes/configs/eval/{config.name}"
     module = runpy.run_path(str(RECIPES / recipe[1]))
-    arguments = module["PerplexityArguments" if recipe[1] == "perplexity.py" else "NeedleArguments"]
-    (args,) = parse(arguments, argv=[str(config), "--models", "a=folder"])
+    (args,) = parse(module[ARGUMENTS[recipe[1]]], argv=[str(config), "--models", "a=folder"])
     assert args.output_dir == f"outputs/{config.stem}"
     assert args.models == ["a=folder"]
