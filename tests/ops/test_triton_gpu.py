@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from triton_cases import Case, check_against_dense, make_inputs, run_kernels
+from triton_cases import (
+    Case,
+    check_against_dense,
+    check_decode_against_dense,
+    make_inputs,
+    run_forward,
+    run_kernels,
+)
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,3 +66,67 @@ def test_reruns_are_bit_identical(alpha):
     for _ in range(5):
         for a, b in zip(first, run_kernels(case, inputs)):
             assert torch.equal(a, b)
+
+
+DECODE_CASES = [
+    *(Case(1, n, 8, 2, 64, dtype=BF16, batch=2) for n in (1, 63, 1000, 4097)),
+    *(Case(q, 3000, 8, 2, 128, dtype=BF16, alpha=a, scores="sharp") for q in (1, 5, 16) for a in (1.0, 1.5, 2.0)),
+    Case(1, 5000, 6, 2, 80, dtype=BF16, batch=3, ranges="padded", scale=True, slopes=True),
+    Case(3, 500, 4, 4, 64, dtype=BF16, ranges="holes", scale=True),
+    Case(1, 20000, 4, 1, 64, dtype=FP16, scores="equal", ranges="full"),
+    Case(1, 3000, 4, 2, 256, dtype=BF16, alpha=1.25),
+    Case(2, 3000, 4, 2, 64, dtype=FP32, scores="huge"),
+]
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode_matches_dense(case):
+    check_decode_against_dense(case, "cuda")
+
+
+def test_decode_in_a_cuda_graph_follows_its_inputs():
+    case = Case(1, 2000, 8, 2, 64, dtype=BF16, batch=2, scores="sharp", scale=True)
+    inputs, others = make_inputs(case, "cuda"), make_inputs(case, "cuda", seed=1)
+    with torch.no_grad():
+        run_forward(case, inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = run_forward(case, inputs)
+        for tensor, other in zip(inputs.differentiable(), others.differentiable()):
+            tensor.copy_(other)
+        inputs.key_end.fill_(1500)
+        others.key_end.fill_(1500)
+        graph.replay()
+        assert torch.equal(output, run_forward(case, others))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_compiled_training_step_has_one_graph_and_equal_gradients(alpha):
+    case = Case(300, 300, 4, 2, 64, dtype=BF16, alpha=alpha, scores="sharp", scale=True)
+    inputs = make_inputs(case, "cuda")
+    expected = run_kernels(case, inputs)
+    compiled = torch.compile(lambda: run_forward(case, inputs), fullgraph=True)
+    output = compiled()
+    found = [output.detach(), *torch.autograd.grad(output, inputs.differentiable(), inputs.grad)]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_decode_has_one_graph():
+    case = Case(1, 700, 4, 2, 64, dtype=BF16)
+    inputs = make_inputs(case, "cuda")
+    with torch.no_grad():
+        compiled = torch.compile(lambda: run_forward(case, inputs), fullgraph=True)
+        assert torch.equal(compiled(), run_forward(case, inputs))
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    extra = []
+    for length in (8192, 16384):
+        case = Case(length, length, 2, 2, 64, dtype=BF16)
+        inputs = make_inputs(case, "cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_kernels(case, inputs)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    assert extra[1] < 2.2 * extra[0]

@@ -128,9 +128,8 @@ def make_ranges(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]
     raise ValueError(f"unknown ranges {case.ranges!r}")
 
 
-def run_kernels(case: Case, inputs: Inputs) -> list[Tensor]:
-    """Output and gradients of every differentiable input."""
-    output = triton_attention(
+def run_forward(case: Case, inputs: Inputs) -> Tensor:
+    return triton_attention(
         inputs.query,
         inputs.key,
         inputs.value,
@@ -142,6 +141,11 @@ def run_kernels(case: Case, inputs: Inputs) -> list[Tensor]:
         inputs.key_end,
         inputs.query_positions,
     )
+
+
+def run_kernels(case: Case, inputs: Inputs) -> list[Tensor]:
+    """Output and gradients of every differentiable input."""
+    output = run_forward(case, inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs.differentiable(), inputs.grad)]
 
 
@@ -172,10 +176,7 @@ def check_against_dense(case: Case, device: str = "cpu", seed: int = 0) -> None:
     exact = run_dense(case, inputs, torch.float64)
     found = run_kernels(case, inputs)
     eager = run_dense(case, inputs, case.dtype)
-    floor = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[case.dtype]
-    if case.scores == "huge":
-        # Scores of 1e4 carry an error of 1e-3 in float32, whichever way they are summed.
-        floor = max(floor, 4e-3)
+    floor = error_floor(case)
     # Gradients that cancel to nothing are measured against the size of their terms.
     grad = 0.1 * inputs.grad.float().norm()
     terms = [0.0 * grad, grad * inputs.key.float().abs().mean(), grad * inputs.query.float().abs().mean(), grad]
@@ -191,3 +192,21 @@ def check_against_dense(case: Case, device: str = "cpu", seed: int = 0) -> None:
         error, allowed = (mine.double() - truth).norm(), 2 * (dense.double() - truth).norm()
         allowed = allowed + floor * torch.maximum(truth.norm(), size)
         assert error <= allowed, f"{name} of {case}: error {error:.2e}, allowed {allowed:.2e}, norm {truth.norm():.2e}"
+
+
+def error_floor(case: Case) -> float:
+    """Relative error that no comparison sees below."""
+    floor = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[case.dtype]
+    # Scores of 1e4 carry an error of 1e-3 in float32, whichever way they are summed.
+    return max(floor, 4e-3) if case.scores == "huge" else floor
+
+
+def check_decode_against_dense(case: Case, device: str = "cpu", seed: int = 0) -> None:
+    inputs = make_inputs(case, device, seed)
+    exact = run_dense(case, inputs, torch.float64)[0]
+    with torch.no_grad():
+        found = run_forward(case, inputs)
+    eager = run_dense(case, inputs, case.dtype)[0]
+    error, dense = (found.double() - exact).norm(), (eager.double() - exact).norm()
+    allowed = 2 * dense + error_floor(case) * exact.norm()
+    assert error <= allowed, f"{case}: error {error:.2e}, allowed {allowed:.2e}, norm {exact.norm():.2e}"

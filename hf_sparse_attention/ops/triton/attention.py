@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .operator import forward_op
+from .operator import decode_op, forward_op
 from .tiling import INTERPRETED
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
+# Up to so many queries, and queries times heads per key head, go to the decoding kernels.
+_DECODE_QUERIES, _DECODE_ROWS = 16, 128
 # Below this, float32 powers of 1 / (alpha - 1) lose more than bfloat16 resolves.
 _MIN_ALPHA = 1.001
 
@@ -70,17 +72,11 @@ def triton_attention(
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     rows = [None if t is None else t.to(torch.int32).contiguous() for t in (key_start, key_end, query_positions)]
     key_start, key_end = torch.broadcast_tensors(*rows[:2]) if rows[0].shape != rows[1].shape else rows[:2]
-    out = forward_op(
-        query,
-        key,
-        value,
-        None if query_scale is None else query_scale.contiguous(),
-        slopes,
-        key_start,
-        key_end,
-        rows[2],
-        float(alpha),
-        float(scaling),
-        training,
-    )[0]
+    query_scale = None if query_scale is None else query_scale.contiguous()
+    arguments = (query, key, value, query_scale, slopes, key_start, key_end, rows[2], float(alpha), float(scaling))
+    group_rows = query.shape[1] // key.shape[1] * query.shape[2]
+    if not training and query.shape[2] <= _DECODE_QUERIES and group_rows <= _DECODE_ROWS:
+        out = decode_op(*arguments)
+    else:
+        out = forward_op(*arguments, training)[0]
     return out[..., :value_dim] if value_dim % 8 else out

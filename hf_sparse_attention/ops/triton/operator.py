@@ -7,17 +7,25 @@ import triton
 from torch import Tensor
 
 from .backward import key_value_gradient_kernel, query_gradient_kernel, transpose_list_kernel
+from .decode import (
+    decode_combine_kernel,
+    decode_output_kernel,
+    decode_scores_kernel,
+    decode_threshold_kernel,
+)
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
 from .sweep import key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
 from .tiles import ALIGNMENT
-from .tiling import Tiling, padded, tiling
+from .tiling import Tiling, decode_launch, padded, tiling
 
 LOG2_E = 1.4426950408889634
 # Keys and values of the heads in flight should fit in the L2 cache beside everything else.
 _L2_BYTES = 24 * 2**20
+# Programs among which the keys of a decoding step are split.
+_DECODE_PROGRAMS = 1024
 # |F^(1/beta) - 1| before the last step of the threshold, by input dtype; the step leaves far less.
 _TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.1, torch.float32: 2.0**-10}
 # For sparsemax a step can leave a fixed part of what it started from.
@@ -70,8 +78,12 @@ class _Geometry:
         bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
         self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
         self.exact = query.dtype == torch.float32
-        tf32 = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-        self.precision = "tf32" if tf32 or not self.exact else "ieee"
+        if not self.exact or (query.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+            self.precision = "tf32"
+        else:
+            # Three tensor core products make one of float32; above 128 dimensions they do not fit a multiprocessor.
+            fits = query.is_cuda and max(self.dim, self.value_dim) <= 128
+            self.precision = "tf32x3" if fits else "ieee"
 
     def sizes(self) -> tuple[int, ...]:
         return self.batch, self.q_heads, self.group, self.q_len, self.k_len, self.q_tiles, self.k_tiles
@@ -202,6 +214,76 @@ def _(query, key, value, query_scale, slopes, key_start, key_end, query_position
         out.new_empty((heads, q_tiles) if training else 0, dtype=torch.int32),
         out.new_empty(lists, dtype=torch.uint8),
     )
+
+
+@torch.library.custom_op("hf_sparse_attention::triton_decode", mutates_args=())
+def decode_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor | None,
+    slopes: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    query_positions: Tensor | None,
+    alpha: float,
+    scaling: float,
+) -> Tensor:
+    """Output (B, Hq, Lq, Dv) for few queries and many keys; without gradients."""
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    batch, q_heads, q_len, dim = query.shape
+    k_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    group, kind = q_heads // k_heads, _kind(alpha)
+    rows = group * q_len
+    geometry = _Geometry(query, key, value, tiling(max(dim, value_dim), query.dtype))
+    launch = decode_launch(max(dim, value_dim), query.dtype)
+    out = _tokens_first(query, q_len, q_heads, value_dim)
+    blocks = triton.cdiv(k_len, launch.columns)
+    per_split = max(1, blocks * batch * k_heads // _DECODE_PROGRAMS)
+    splits = triton.cdiv(blocks, per_split)
+    if out.numel() == 0 or k_len == 0:
+        return out.zero_()
+
+    scores = out.new_empty(batch * k_heads, rows, blocks * launch.columns, dtype=torch.float32)
+    block_max = scores.new_empty(batch * k_heads, rows, blocks)
+    row_lists = out.new_empty(batch * k_heads, rows, blocks, dtype=torch.int32)
+    lists = row_lists.new_empty(batch * k_heads, blocks)
+    reference, offset = scores.new_empty(2, batch * k_heads, rows)
+    partial = scores.new_empty(batch * k_heads, rows, splits, value_dim)
+    total = scores.new_empty(batch * k_heads, rows, splits)
+    unit = LOG2_E if kind == SOFTMAX.value else alpha - 1.0
+    beta = 1.0 if kind == SOFTMAX.value else 1.0 / unit
+    limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
+    common = {
+        "ROWS": max(16, triton.next_power_of_2(rows)), "BN": launch.columns, "STAGES": launch.stages,
+        "PRECISION": geometry.precision, "num_warps": launch.warps,
+    }  # fmt: skip
+    decode_scores_kernel[(splits, batch * k_heads)](
+        query, key, query_scale, slopes, key_start, key_end, query_positions, scores, block_max,
+        *_strides(query, key), _row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions),
+        q_heads, group, q_len, k_len, blocks, per_split, scaling * unit, unit, D=dim, DP=padded(dim),
+        HAS_SCALE=query_scale is not None, HAS_SLOPES=slopes is not None,
+        HAS_POSITIONS=query_positions is not None, **common,
+    )  # fmt: skip
+    decode_threshold_kernel[(batch * k_heads * rows,)](
+        scores, block_max, reference, offset, row_lists, blocks, beta, limits[query.dtype],
+        KIND=kind, BN=launch.columns, AT_ONCE=32, num_warps=8,
+    )  # fmt: skip
+    decode_output_kernel[(splits, batch * k_heads)](
+        value, scores, block_max, reference, offset, lists, partial, total,
+        *_strides(value), k_heads, rows, k_len, blocks, per_split, splits, beta,
+        KIND=kind, DV=value_dim, DVP=padded(value_dim), **common,
+    )  # fmt: skip
+    decode_combine_kernel[(batch * k_heads * rows,)](
+        partial, total, key_start, key_end, out, q_heads, group, q_len, k_len, splits, _row_stride(key_start),
+        DV=value_dim, DVP=padded(value_dim), SPLITS=16,
+    )  # fmt: skip
+    return out
+
+
+@decode_op.register_fake
+def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling):
+    return _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
 
 
 @torch.library.custom_op("hf_sparse_attention::triton_backward", mutates_args=())

@@ -52,7 +52,11 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
     if INTERPRETED:
         return Tiling(32, 32, 16, Launch(32, 4, 1), *[Launch(16, 4, 1)] * 4)
     if dtype == torch.float32:
-        return Tiling(64 if size <= 128 else 32, 32, 32, *[Launch(32, 8, 1)] * 5)
+        if size > 128:
+            return Tiling(32, 32, 32, *[Launch(32, 8, 1)] * 5)
+        warps = 4 if size <= 64 else 8
+        wide, narrow = Launch(64, warps, 1), Launch(32, warps, 1)
+        return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
     if size <= 64:
         sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(64, 4, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 4, 3), Launch(64, 4, 3))
@@ -60,3 +64,11 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
         sweep, solve, output = Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 2), Launch(128, 8, 1))
     return Tiling(64, 64, 32, Launch(64, 4, 2), Launch(64, 4, 2), *[Launch(64, 8, 2)] + [Launch(64, 8, 1)] * 2)
+
+
+def decode_launch(head_dim: int, dtype: torch.dtype) -> Launch:
+    """Launch of the decoding kernels."""
+    if INTERPRETED:
+        return Launch(16, 4, 1)
+    wide = padded(head_dim) * dtype.itemsize > 256
+    return Launch(64, 4, 2) if wide else Launch(128, 4, 3)
