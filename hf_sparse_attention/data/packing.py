@@ -148,9 +148,10 @@ class PackedRows:
         """Tokens of whole documents, which of them begin a document, and whether the epoch ended."""
         pieces: list[np.ndarray] = []
         total, ended = 0, False
-        while total < self.block_tokens and not ended:
+        wanted = max(self.block_tokens, self.length)
+        while total < wanted and not ended:
             texts, characters = [], 0
-            while characters < min(_BATCH_CHARACTERS, 4 * self.block_tokens):
+            while characters < min(_BATCH_CHARACTERS, 4 * wanted):
                 text = self._reader.read()
                 if text is None:
                     ended = True

@@ -6,21 +6,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from tiny_run import RECIPES, TINY_MODEL, as_flags, forget_accelerate
 
-ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "recipes"
 # The recipes are scripts: their folder is the import path when they are launched.
 sys.path.insert(0, str(RECIPES))
-
-TINY_MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,24 +56,6 @@ def tiny_options(text_file) -> dict:
     }
 
 
-def as_flags(options: dict) -> list[str]:
-    flags = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        flags.append(f"--{name}")
-        if isinstance(value, dict):
-            flags.append(json.dumps(value))
-        else:
-            flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    return flags
-
-
-def forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="session")
 def pretrain(tiny_options):
     """Run pretrain.py in this process with the tiny options and changes."""
@@ -105,12 +76,3 @@ def pretrain(tiny_options):
 def trained(pretrain, tmp_path_factory) -> Path:
     """An undisturbed run."""
     return pretrain(tmp_path_factory.mktemp("trained") / "run", keep_checkpoints=9)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the machine."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in ("tokens_per_second", "memory_gb")}
-        for line in lines
-    ]

@@ -124,6 +124,13 @@ def test_too_little_text(tokenizer):
         next(iter(packed(["abc", "xy"], tokenizer)))
 
 
+def test_rows_longer_than_a_block(documents, tokenizer):
+    rows = PackedRows(documents, tokenizer, 1500, block_tokens=10, epochs=1)
+    assert len(list(rows)) >= 3
+    with pytest.raises(DataError, match="fewer than one row of 50000"):
+        next(iter(PackedRows(documents, tokenizer, 50_000, block_tokens=10)))
+
+
 def test_documents_shorter_than_a_row_and_blank_ones(tokenizer):
     rows = list(packed(["abc", " ", ""] * 40, tokenizer, epochs=1))
     assert len(rows) == 40 * 5 // LENGTH

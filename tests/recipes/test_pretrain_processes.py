@@ -1,0 +1,152 @@
+"""Training in other processes: killed ones continue, several give the losses of one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny_run import RECIPES, ROOT, as_flags, read_metrics
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.checkpoints import list_checkpoints
+
+START = f"import os, signal, sys; sys.path.insert(0, {str(RECIPES)!r}); import pretrain\n"
+
+KILLED_IN_A_STEP = """
+original, calls = pretrain.forward_backward, []
+def forward_backward(*args):
+    calls.append(1)
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+pretrain.forward_backward = forward_backward
+"""
+
+KILLED_WHILE_SAVING = """
+import accelerate.accelerator
+original, calls = accelerate.accelerator.save_accelerator_state, []
+def save_accelerator_state(output_dir, *args, **kwargs):
+    calls.append(1)
+    location = original(output_dir, *args, **kwargs)
+    if len(calls) == 3:
+        (location / "optimizer.bin").write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return location
+accelerate.accelerator.save_accelerator_state = save_accelerator_state
+"""
+
+# accelerate offers FSDP on accelerators only; these lines make it take two CPU processes for two GPUs. A signal that
+# one of the processes gets after five steps stops both, then both continue.
+FSDP_ON_CPU = """
+import contextlib, torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+
+torch.accelerator.is_available = lambda: True
+PartialState.destroy_process_group = lambda *args: None  # both runs use one group
+original, calls = pretrain.forward_backward, []
+def forward_backward(accelerator, model, *args):
+    assert accelerator.is_fsdp2 and type(model).__name__.startswith("FSDP")
+    calls.append(1)
+    if len(calls) == 5 and accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(accelerator, model, *args)
+pretrain.forward_backward = forward_backward
+
+def run(*more):
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    try:
+        pretrain.main([*sys.argv[1:], *more])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+try:
+    run()
+except SystemExit as leaving:
+    assert leaving.code == 128 + signal.SIGTERM, leaving.code
+else:
+    raise AssertionError("the signal was ignored")
+run("--resume", "latest")
+"""
+
+
+def environment(tmp_path):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+
+
+def run(command, tmp_path):
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def launch(config, script, options, tmp_path):
+    command = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "configs" / "accelerate" / config]
+    # Port 0: any free one.
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", script]
+    process = run([sys.executable, *map(str, command), *as_flags(options)], tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def assert_same_run(left, right):
+    left, right = read_metrics(left), read_metrics(right)
+    assert [line["step"] for line in left] == [line["step"] for line in right]
+    for name in ("loss", "grad_norm", "tokens"):
+        wanted = [line[name] for line in right if name in line]
+        assert [line[name] for line in left if name in line] == pytest.approx(wanted, rel=1e-4)
+    assert left[-1]["eval_loss"] == pytest.approx(right[-1]["eval_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_options, text_file):
+    # 7 validation rows: one process of two gets a row less
+    return {**tiny_options, "validation_data": str(text_file), "validation_rows": 7}
+
+
+@pytest.fixture(scope="module")
+def single(pretrain, validated, tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("single") / "run", **validated, keep_checkpoints=9)
+
+
+@pytest.mark.parametrize(
+    ("death", "last"), [(KILLED_IN_A_STEP, 6), (KILLED_WHILE_SAVING, 6)], ids=["in-a-step", "while-saving"]
+)
+def test_killed_and_resumed(pretrain, trained, tiny_options, tmp_path, death, last):
+    output = tmp_path / "run"
+    program = START + death + "pretrain.main(sys.argv[1:])"
+    process = run([sys.executable, "-c", program, *as_flags({**tiny_options, "output_dir": output})], tmp_path)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
+    assert list_checkpoints(output)[-1].name == f"checkpoint-{last:08d}"
+    assert (death is KILLED_WHILE_SAVING) == bool(list(output.glob(".checkpoint-*.tmp")))
+    pretrain(output, resume="latest")
+    assert read_metrics(output) == read_metrics(trained)
+    assert not list(output.glob(".checkpoint-*"))
+
+
+def test_two_processes(single, validated, tmp_path):
+    options = {**validated, "output_dir": tmp_path / "run", "device_batch_size": 1}
+    launch("multi_gpu.yaml", RECIPES / "pretrain.py", options, tmp_path)
+    assert_same_run(tmp_path / "run", single)
+
+
+def test_two_processes_with_divided_parameters(single, validated, tmp_path):
+    script = tmp_path / "fsdp_on_cpu.py"
+    script.write_text(START + FSDP_ON_CPU)
+    launch("fsdp2.yaml", script, {**validated, "output_dir": tmp_path / "run"}, tmp_path)
+    assert_same_run(tmp_path / "run", single)
+    names = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert names == ["checkpoint-00000009", "checkpoint-00000010"]
+    # Saved whole, for one process.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(single).num_parameters()
+
+
+def test_fsdp_without_an_accelerator_is_refused(pretrain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(SystemExit):
+        pretrain(tmp_path / "run")
+    assert "FSDP is configured, but accelerate runs NO on cpu" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""Training runs of pretrain.py in this process: what they write, and that interrupted ones end as undisturbed ones."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+
+import pretrain as recipe
+import pytest
+import torch
+from tiny_run import read_metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse_attention.checkpoints import list_checkpoints, locked_folder
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(left, right):
+    left, right = weights(left), weights(right)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def copy_until(trained, output, step):
+    """The run as it was on disk after ``step``."""
+    shutil.copytree(trained, output)
+    for path in list_checkpoints(output):
+        if int(path.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(path)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (output / name).unlink()
+    return output
+
+
+def test_what_a_run_writes(trained, text_file):
+    metrics = read_metrics(trained)
+    assert [line["step"] for line in metrics] == list(range(1, 11))
+    assert metrics[0]["loss"] == pytest.approx(math.log(300), rel=0.02)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
+    assert metrics[-1]["tokens"] == 10 * 4 * 33
+    assert {"learning_rate", "grad_norm"} <= set(metrics[0])
+    speed = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    assert speed["tokens_per_second"] > 0
+    assert speed["memory_gb"] > 0
+    assert [path.name for path in list_checkpoints(trained)] == [f"checkpoint-{n:08d}" for n in (3, 6, 9, 10)]
+
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    assert model.config._attn_implementation == "asentmax"
+    assert model.config.sparse_attention["position_encoding"] == "nape"
+    assert model.config.max_position_embeddings == 33
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    card = (trained / "README.md").read_text()
+    assert "ASEntmax attention" in card
+    assert f"| data | {text_file.name} |" in card
+    assert "| tokens | 1320 |" in card
+
+
+def test_snippet_of_the_card_runs(trained):
+    snippet = (trained / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert str(trained) in snippet
+    exec(snippet, {})
+
+
+@pytest.mark.parametrize("step", [3, 9, 10])
+def test_resume(pretrain, trained, tmp_path, step):
+    output = copy_until(trained, tmp_path / "run", step)
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "lo')  # cut short by a kill
+    (output / ".checkpoint-00000012.tmp").mkdir()
+    pretrain(output, resume="latest", keep_checkpoints=9)
+    assert read_metrics(output) == read_metrics(trained)
+    assert same_weights(output, trained)
+    if step == 3:
+        assert not list(output.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_signal_saves_and_leaves(pretrain, trained, tmp_path, monkeypatch, number):
+    calls = []
+    original = recipe.forward_backward
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(recipe, "forward_backward", interrupted)
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(tmp_path / "run")
+    assert leaving.value.code == 128 + number
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-00000005"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    pretrain(tmp_path / "run", resume="latest")
+    assert read_metrics(tmp_path / "run") == read_metrics(trained)
+    assert same_weights(tmp_path / "run", trained)
+
+
+def test_non_finite_loss_stops(pretrain, tmp_path, capsys):
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(output, learning_rate=1e30, warmup_steps=0, save_steps=1)
+    assert leaving.value.code == 1
+    message = capsys.readouterr().err
+    step = int(re.search(r"error: step (\d+): loss \S+, gradient norm (nan|inf)", message)[1])
+    assert str(output / f"nonfinite-{step:08d}") in message
+    state = json.loads((output / f"nonfinite-{step:08d}" / "training_state.json").read_text())
+    assert state["step"] == step - 1
+    assert (output / f"nonfinite-{step:08d}" / "model.safetensors").exists()
+    assert list_checkpoints(output)[-1].name == f"checkpoint-{step - 1:08d}"
+    assert not (output / "model.safetensors").exists()
+
+
+def test_non_finite_gradient_keeps_the_last_good_state(pretrain, tmp_path, capsys, monkeypatch):
+    original = recipe.forward_backward
+    calls = []
+
+    def diverging(accelerator, model, *args):
+        calls.append(1)
+        loss = original(accelerator, model, *args)
+        if len(calls) == 8:
+            next(model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(recipe, "forward_backward", diverging)
+    with pytest.raises(SystemExit):
+        pretrain(tmp_path / "run")
+    assert re.search("step 8: loss [0-9.]+, gradient norm (inf|nan)", capsys.readouterr().err)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-00000003", "checkpoint-00000006"]
+
+
+def test_accumulation_gives_the_same_losses(pretrain, trained, tmp_path):
+    whole = read_metrics(pretrain(tmp_path / "run", device_batch_size=4, save_steps=0, max_steps=6, warmup_steps=2))
+    parts = read_metrics(trained)
+    assert [line["loss"] for line in whole[:3]] == pytest.approx([line["loss"] for line in parts[:3]], abs=1e-5)
+    assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-5)
+
+
+def test_patching_with_an_alpha_schedule(pretrain, tmp_path):
+    softmax = pretrain(
+        tmp_path / "softmax", attn_implementation="sdpa", sparse_attention=None, max_steps=2, save_steps=0
+    )
+    assert AutoModelForCausalLM.from_pretrained(softmax).config._attn_implementation == "sdpa"
+    patch = {
+        "model_config": None,
+        "model_overrides": None,
+        "model_name_or_path": softmax,
+        "sparse_attention": {"alpha": 1.75},
+        "alpha_steps": 4,
+        "max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    output = pretrain(tmp_path / "patched", **patch, keep_checkpoints=9)
+    metrics = read_metrics(output)
+    assert [line["alpha"] for line in metrics] == pytest.approx([1, 1.1875, 1.375, 1.5625, 1.75, 1.75])
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config._attn_implementation == "asentmax"
+    assert model.config.sparse_attention["alpha"] == 1.75
+    assert "| alpha steps | 4 |" in (output / "README.md").read_text()
+
+    again = copy_until(output, tmp_path / "again", 2)
+    pretrain(again, **patch, resume="checkpoint-00000002", keep_checkpoints=9)
+    assert read_metrics(again) == metrics
+
+
+def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tmp_path, trained):
+    changes = {
+        "model_config": str(recipe.__file__).replace("pretrain.py", "configs/model/gpt_neox_1m.yaml"),
+        "model_overrides": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2},
+        "validation_data": str(text_file),
+        "validation_rows": 61,
+        "eval_steps": 2,
+        "max_steps": 4,
+        "schedule": "wsd",
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "tokenizer": str(trained),
+        "trackers": "tensorboard",
+        "scale_lr_multiplier": 5,
+        "max_grad_norm": 0,
+        "logging_steps": 3,
+    }
+    output = pretrain(tmp_path / "run", **changes)
+    metrics = read_metrics(output)
+    assert [(line["step"], "eval_loss" in line) for line in metrics] == [(2, True), (3, False), (4, False), (4, True)]
+    assert metrics[-1]["eval_labels"] < 61 * 32
+    assert metrics[-1]["eval_perplexity"] == pytest.approx(math.exp(metrics[-1]["eval_loss"]))
+    assert f"| {text_file.name}, rows of 33 tokens | perplexity |" in (output / "README.md").read_text()
+    assert list(output.rglob("events.out.tfevents.*"))
+    assert (output / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
+    assert {tensor.dtype for tensor in weights(output).values()} == {torch.float32}
+
+
+def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
+    changes = {
+        "streaming": True,
+        "length": 64,
+        "retrieval_fraction": 0.4,
+        "retrieval_format": {"wording": "short", "number_digits": 2},
+        "retrieval_tasks": ["s_niah_1", "s_niah_2"],
+        "logging_steps": 4,
+        "save_steps": 5,
+    }
+    whole = pretrain(tmp_path / "whole", **changes, keep_checkpoints=9)
+    again = copy_until(whole, tmp_path / "again", 5)
+    pretrain(again, **changes, resume="latest", keep_checkpoints=9)
+    assert read_metrics(again) == read_metrics(whole)
+    assert same_weights(again, whole)
+    state = json.loads((whole / "checkpoint-00000010" / "training_state.json").read_text())["data"]
+    assert state["drawn"] == 40
+    assert 8 <= state["extra_drawn"] <= 24
+
+
+def test_full_disk_keeps_the_last_good_state(pretrain, tmp_path, capsys, monkeypatch):
+    original = recipe.forward_backward
+    calls = []
+
+    def fill_disk(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        return original(*args)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(recipe, "forward_backward", fill_disk)
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            pretrain(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert leaving.value.code == 1
+    message = capsys.readouterr().err
+    assert "checkpoint-00000006: could not be written" in message
+    assert "checkpoint-00000003" in message
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-00000003"]
+
+
+def test_damaged_checkpoint_is_refused(pretrain, trained, tmp_path, capsys):
+    output = copy_until(trained, tmp_path / "run", 9)
+    path = output / "checkpoint-00000009" / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(output, resume="latest")
+    assert leaving.value.code == 1
+    message = capsys.readouterr().err
+    assert "optimizer.bin has" in message
+    assert "--resume checkpoint-00000006" in message
+
+
+def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
+    with locked_folder(tmp_path / "run"), pytest.raises(SystemExit):
+        pretrain(tmp_path / "run")
+    assert "another process is writing to this folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pretrain(trained)
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": "nothing.txt"}, "nothing.txt: no such file"),
+        ({"batch_size": 5}, "batch_size is 5; allowed: multiples of device_batch_size x processes, 2"),
+        ({"model_overrides": {"hidden": 3}}, "llama has no field 'hidden'"),
+        ({"model_overrides": {"model_type": "lama"}}, "model_type is 'lama'"),
+        ({"model_overrides": {"vocab_size": 200}}, "llama_1m.yaml: vocab_size is 200"),
+        ({"model_overrides": {"hidden_size": "wide"}}, "hidden_size"),
+        ({"sparse_attention": {"alfa": 1}}, "no field 'alfa'"),
+        ({"attn_implementation": "asentmaxx"}, "asentmaxx"),
+        ({"length": 50_000}, "fewer than one row of 50000"),
+        ({"alpha_steps": 3, "attn_implementation": "sdpa", "sparse_attention": None}, "alpha_steps: the model has no"),
+        ({"retrieval_fraction": 0.5}, "retrieval rows: length 33 is too short"),
+        ({"retrieval_fraction": 0.5, "retrieval_format": {"digits": 3}}, "retrieval_format: .*digits"),
+        ({"resume": "checkpoint-5"}, "checkpoint-5: no such checkpoint"),
+        ({"output_dir": "/dev/null/run"}, "/dev/null/run: cannot be written"),
+        ({"hub_model_id": "a/b/c", "push_to_hub": True}, "hub_model_id: .*a/b/c"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_name_what_is_wrong(pretrain, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(tmp_path / "run", **changes)
+    assert leaving.value.code == 1
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert re.search(message, error), error
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_vocabulary_larger_than_the_models(pretrain, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pretrain(tmp_path / "run", tokenizer=trained, model_overrides={"vocab_size": 299})
+    assert "the tokenizer has 300 tokens, more than the model's vocab_size of 299" in capsys.readouterr().err
