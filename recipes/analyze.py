@@ -198,7 +198,7 @@ def summarize(results: dict) -> str:
         ("zeros", "share of zeros"),
         ("scale", "scale t"),
     ):
-        header = [f"{title}, n =", *(f"{bounds['first']}-{bounds['last']}" for bounds in ranges)]
+        header = [f"{title}, n =", "2", *(f"{bounds['first']}-{bounds['last']}" for bounds in ranges[1:])]
         rows = []
         for name, result in results.items():
             for kind, curve in by_head_type(result, measure).items():

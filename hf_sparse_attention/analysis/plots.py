@@ -71,7 +71,7 @@ def plot_length_scales(path: Path, results: Mapping[str, Mapping[str, Any]]) -> 
     height = (1.1 + 0.25 * first.shape[0]) * len(scaled)
     figure, grid = figure_grid(len(scaled), 2, width=3.0 + 0.5 * first.shape[1], height=height)
     for row, (name, result) in zip(grid, scaled.items(), strict=True):
-        for axes, parameter, cmap in zip(row, ("beta", "gamma"), ("viridis", "coolwarm"), strict=True):
+        for axes, parameter, cmap in zip(row, ("beta", "gamma"), ("viridis", "RdBu_r"), strict=True):
             values = torch.tensor(result[parameter])
             # gamma has a sign: its colours are centred on 0
             limit = max(values.nan_to_num().abs().max().item(), 1e-6)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from .capture import LayerAttention, observe_attention, run
 
 MEASURES = ("support", "entropy", "zeros", "scale")
-# Ranges of n double; the first holds n = 2 and 3: with one visible key there is nothing to choose.
 _MAX_RANGES = 40
 
 
 class AttentionStatistics:
-    """Means over the queries that see n keys, per layer, head and range of n: [2, 4), [4, 8), [8, 16), ...
+    """Means over the queries that see n keys, per layer, head and range of n: 2, 3 to 4, 5 to 8, 9 to 16, ...
 
     - ``support``: keys with a weight above 0;
     - ``entropy``: normalised, H / log n: 0 for one key, 1 for equal weights on all visible keys;
@@ -54,8 +53,8 @@ class AttentionStatistics:
                 "queries": torch.ones_like(count),
             }
             chosen = count >= 2
-            # n = m * 2 ** exponent with m in [1/2, 1)
-            ranges = torch.frexp(count[chosen]).exponent.long() - 2
+            # 2 ** (exponent - 1) < n <= 2 ** exponent
+            ranges = torch.frexp(count[chosen] - 1).exponent.long() - 1
             for name, values in measured.items():
                 sums = torch.zeros(_MAX_RANGES, dtype=torch.float64, device=weights.device)
                 sums.index_add_(0, ranges, values[chosen])
@@ -96,7 +95,7 @@ class AttentionStatistics:
         used = int((queries.sum(0) > 0).nonzero().amax()) + 1 if queries.any() else 0
         if not used:
             raise ValueError("no token with two visible keys was seen; at least one text of two tokens is needed.")
-        result: dict[str, Any] = {"ranges": [{"first": 2 << i, "last": (4 << i) - 1} for i in range(used)]}
+        result: dict[str, Any] = {"ranges": [{"first": (1 << i) + 1, "last": 2 << i} for i in range(used)]}
         result["queries"] = queries[:, :used].long().tolist()
         result["keys"] = [(s[0] / q[0])[:used].tolist() for s, q in self._by_layer("keys")]
         for name in MEASURES:

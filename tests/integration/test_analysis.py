@@ -41,7 +41,9 @@ def test_statistics_equal_direct_computation(preset):
     model = tiny_model(preset=preset, position="nape")
     documents = prompts(21, 7)
     result = analyze(model, documents).to_dict()
-    assert result["ranges"] == [{"first": 2 << i, "last": (4 << i) - 1} for i in range(4)]
+    assert result["ranges"] == [
+        {"first": first, "last": last} for first, last in ((2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
+    ]
     measured = {"support": [], "entropy": [], "zeros": []}
     for layer in range(2):
         for name in measured:
@@ -64,8 +66,8 @@ def test_statistics_equal_direct_computation(preset):
                 measured[name][layer].append(means)
     for name, expected in measured.items():
         close(result[name], expected)
-    close(result["queries"], [[4, 8, 8, 6]] * 2)
-    close(result["keys"], [[2.5, (2 * 22 + 7 + 6 + 5 - 18) / 8, 11.5, 18.5]] * 2)
+    close(result["queries"], [[2, 4, 7, 8, 5]] * 2)
+    close(result["keys"], [[2.0, 3.5, (5 + 6 + 7 + 8 + 5 + 6 + 7) / 7, 12.5, 19.0]] * 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,8 +77,7 @@ def test_softmax_supports_all_visible_keys(family):
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * 2
     for layer, kind in enumerate(layer_types):
         windowed = kind == "sliding_attention" or family == "mistral"
-        # With a window of 5, one query sees 4 keys and the 15 after it see 5.
-        expected = [2.5, (4 + 15 * 5) / 16] if windowed else [2.5, 5.5, 11.5, 17.5]
+        expected = [2.0, 3.5, 5.0] if windowed else [2.0, 3.5, 6.5, 12.5, 18.0]
         assert result["keys"][layer][: len(expected)] == pytest.approx(expected)
         for head in range(6):
             support, zeros = result["support"][layer][head], result["zeros"][layer][head]
@@ -89,8 +90,8 @@ def test_top_k_supports_k_keys():
     model = tiny_model(preset="topk")
     convert(model, "topk", top_k=3)
     result = analyze(model, prompts(31)).to_dict()
-    assert result["support"][1][4][1:] == [3.0, 3.0, 3.0]
-    assert result["zeros"][0][0][2] == pytest.approx(sum(1 - 3 / n for n in range(8, 16)) / 8)
+    assert result["support"][1][4] == [2.0, 3.0, 3.0, 3.0, 3.0]
+    assert result["zeros"][0][0][3] == pytest.approx(sum(1 - 3 / n for n in range(9, 17)) / 8)
 
 
 @pytest.mark.parametrize("case", SCALED.values(), ids=SCALED)

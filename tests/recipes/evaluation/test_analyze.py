@@ -61,9 +61,9 @@ def test_checkpoints_side_by_side(run, tmp_path, texts, tokenizer, softmax_check
     eager = AutoModelForCausalLM.from_pretrained(softmax_checkpoint, attn_implementation="eager").eval()
     with torch.no_grad():
         weights = torch.cat([eager(torch.tensor([row]), output_attentions=True).attentions[1] for row in ids])
-    last = weights[:, 3, 63:70].double()
-    entropy = torch.special.entr(last).sum(-1) / torch.arange(64.0, 71.0).log()
-    assert rope["entropy"][1][3][5] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    last = weights[:, 3, 64:70].double()
+    entropy = torch.special.entr(last).sum(-1) / torch.arange(65.0, 71.0).log()
+    assert rope["entropy"][1][3][6] == pytest.approx(entropy.mean().item(), rel=1e-4)
     assert rope["support"] == [[row] * 4 for row in rope["keys"]]
 
     table = (tmp_path / "analysis.md").read_text()
