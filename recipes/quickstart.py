@@ -56,7 +56,9 @@ def main() -> None:
     trained = time.monotonic()
 
     print("Measuring at 1x, 2x, 4x and 8x of the training length")
-    models = ["--models", *(f"{name}={output / name}" for name in MODELS)]
+    rope, nape = (f"{name}={output / name}" for name in MODELS)
+    # RoPE also stretched by YaRN, without further training: the usual remedy for longer contexts.
+    models = ["--models", rope, rope, nape, "--rope_scaling", "none", "yarn", "none"]
     # Rows of training text start anywhere in a document, so windows have no BOS either.
     perplexity = ["recipes/perplexity.py", "recipes/configs/eval/perplexity.yaml", *models, "--bos", "no"]
     perplexity += ["--windows_per_document", str(args.windows_per_document)]

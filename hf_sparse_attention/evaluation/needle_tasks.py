@@ -1,7 +1,8 @@
 """Needle-in-a-haystack samples after RULER (arXiv 2404.06654), for any tokenizer and with exact token budgets.
 
 A needle states the value of a key; it lies between two sentences of a long text, and the prompt ends by asking for
-that value. ``length`` counts every token of a sample: BOS, instruction, text, needles, question *and* answer.
+that value. ``length`` counts every token of a sample: BOS, instruction, text, needles, question *and* answer. All
+parts are joined by spaces, where RULER breaks lines around the text.
 
     s_niah_1    noise text (five short sentences repeated), word key, number
     s_niah_2    essay text, word key, number
