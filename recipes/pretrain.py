@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ from hf_sparse_attention.modelcard import Measurement, create_model_card
 from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
 
 IGNORED_LABEL = -100
+MakeModel = Callable[[ModelOptions, PreTrainedTokenizerBase, int], torch.nn.Module]
+SaveResult = Callable[[Accelerator, torch.nn.Module, PreTrainedTokenizerBase, Path], list[str]]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -57,20 +59,38 @@ class NonFiniteLoss(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_options, data_options, options = parse_arguments(
-        ModelOptions, DataOptions, RunOptions, argv=argv, description=__doc__.splitlines()[0]
-    )
+    parsed = parse_arguments(ModelOptions, DataOptions, RunOptions, argv=argv, description=__doc__.splitlines()[0])
+    run_and_exit(Path(__file__).name, *parsed, make_model=build_model, save_result=save_model)
+
+
+def run_and_exit(script: str, *options: Any, **steps: Any) -> None:
+    """:func:`run` with errors as one line on stderr and exit codes of a program."""
     try:
-        stopped_by = run(model_options, data_options, options)
+        stopped_by = run(script, *options, **steps)
     except (ArgumentError, CheckpointError, DataError, NonFiniteLoss, OSError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
 
 
-def run(model_options: ModelOptions, data_options: DataOptions, options: RunOptions) -> int | None:
-    """Train to the end or to a signal, whose number is returned."""
+def run(
+    script: str,
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    options: RunOptions,
+    *,
+    make_model: MakeModel,
+    save_result: SaveResult,
+) -> int | None:
+    """Train to the end or to a signal, whose number is returned.
+
+    Args:
+        script: name of the recipe, for the model card.
+        make_model: model to train from the model options, the tokenizer and the length of the rows.
+        save_result: writes the trained model and the tokenizer to a folder, called in every process; answers with the
+            names of the files.
+    """
     output = Path(options.output_dir)
     accelerator = Accelerator(
         # Without this, processes on a machine without an accelerator would each train alone.
@@ -100,7 +120,7 @@ def run(model_options: ModelOptions, data_options: DataOptions, options: RunOpti
         accelerator.wait_for_everyone()
         checkpoint = starting_point(output, options.resume)
         accelerator.wait_for_everyone()
-        return train(accelerator, checkpoint, model_options, data_options, options)
+        return train(accelerator, checkpoint, script, model_options, data_options, options, make_model, save_result)
 
 
 def starting_point(output: Path, resume: str | None) -> Path | None:
@@ -115,9 +135,12 @@ def starting_point(output: Path, resume: str | None) -> Path | None:
 def train(
     accelerator: Accelerator,
     checkpoint: Path | None,
+    script: str,
     model_options: ModelOptions,
     data_options: DataOptions,
     options: RunOptions,
+    make_model: MakeModel,
+    save_result: SaveResult,
 ) -> int | None:
     output = Path(options.output_dir)
     set_seed(options.seed)
@@ -136,7 +159,7 @@ def train(
             replace_files(output, tokenizer.save_pretrained)
         validation = validation_rows(tokenizer, data_options)
     rows = training_rows(documents, tokenizer, data_options, options.seed)
-    model = build_model(model_options, tokenizer, data_options.length)
+    model = make_model(model_options, tokenizer, data_options.length)
     parameters = model.num_parameters()
 
     groups = hf_sparse_attention.parameter_groups(
@@ -229,9 +252,11 @@ def train(
 
     if alpha_schedule:
         alpha_schedule.step(step)
-    files = save_model(accelerator, model, tokenizer, output)
+    files = save_result(accelerator, model, tokenizer, output)
     if accelerator.is_main_process:
-        card = model_card(plain_model.config, parameters, evaluation, tokens, model_options, data_options, options)
+        card = model_card(
+            script, plain_model.config, parameters, evaluation, tokens, model_options, data_options, options
+        )
         card.save(output / "README.md")
         if options.push_to_hub:
             push(output, [*files, "README.md"], options)
@@ -302,6 +327,7 @@ def save_model(
 
 
 def model_card(
+    script: str,
     config: transformers.PreTrainedConfig,
     parameters: int,
     evaluation: dict[str, float],
@@ -314,7 +340,7 @@ def model_card(
     if evaluation:
         name = ", ".join(Path(source).name for source in data_options.validation_data)
         described = f"{name}, rows of {data_options.length} tokens"
-        results.append(Measurement("perplexity", evaluation["eval_perplexity"], described, "recipes/pretrain.py"))
+        results.append(Measurement("perplexity", evaluation["eval_perplexity"], described, f"recipes/{script}"))
     hub_data = [source for source in data_options.train_data if not is_local(source)]
     base = model_options.model_name_or_path
     return create_model_card(
@@ -337,6 +363,7 @@ def model_card(
             "weight decay": options.weight_decay,
             "seed": options.seed,
             "alpha steps": model_options.alpha_steps or None,
+            "LoRA rank": getattr(model_options, "lora_rank", None) or None,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "hf_sparse_attention": hf_sparse_attention.__version__,
