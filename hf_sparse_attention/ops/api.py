@@ -136,12 +136,16 @@ def sparse_attention(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    """The tensors in autocast's dtype, if it is enabled and they are of the kind that it casts."""
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
+        return tensors
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    can_cast = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors)
-    return tuple(tensor.to(dtype) for tensor in tensors) if can_cast else tensors
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -62,9 +62,8 @@ class ChunkedAttention:
         for tile in self._tiles():
             rows = self._rows(tile, self.query) * self._row_factor(tile)
             scores = self._scores(tile, rows)
-            maximum = scores.amax(-1, keepdim=True)
-            # A row without a visible key keeps its -inf scores, which give it no weight.
-            maximum.masked_fill_(maximum == -torch.inf, 0.0)
+            # A finite maximum leaves a row without a visible key at -inf, which gives it no weight.
+            maximum = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(self._dtype).min)
             scores.sub_(maximum)
             cut = self._keep_top_k(scores)
             slope = scores if self.alpha == 1.0 else self._buffer(1, scores.shape)
@@ -125,8 +124,8 @@ class ChunkedAttention:
                 grad_slopes[self._query_heads(tile)].sub_(per_head.flatten())
         return (
             grad_query,
-            grad_key.mT.to(self.key.dtype, memory_format=torch.contiguous_format),
-            grad_value.mT.to(self.value.dtype, memory_format=torch.contiguous_format),
+            grad_key.mT.to(self.key.dtype).contiguous(),
+            grad_value.mT.to(self.value.dtype).contiguous(),
             None if grad_scale is None else grad_scale.to(self.query_scale.dtype),
             None if grad_slopes is None else grad_slopes.to(self.slopes.dtype),
         )

@@ -88,8 +88,8 @@ def solve(scores: Tensor, alpha: float, slope: Tensor, weight: Tensor) -> tuple[
         if not unsolved.any():
             break
         # Newton on g: (total - total ** (2 - alpha)) / ((alpha - 1) dg/dtau), exact also for alpha next to 1.
-        step = torch.expm1(total.log() * (1.0 - alpha)).mul_(-total).div_(slope.sum(-1, keepdim=True))
-        following = torch.where(unsolved, tau + step, tau)
+        step = total.log().mul_(1.0 - alpha).expm1_().mul_(total).div_(slope.sum(-1, keepdim=True))
+        following = torch.where(unsolved, tau - step, tau)
         if torch.equal(following, tau):
             break
         tau = following

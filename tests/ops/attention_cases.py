@@ -105,18 +105,21 @@ CASES = {
 }  # fmt: skip
 
 
-def run(case: Case, impl: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    """Output and gradients, as float64, of one backend."""
-    inputs = {name: tensor.to(dtype) for name, tensor in case.tensors(seed).items()}
+def run(
+    case: Case, impl: str, dtype: torch.dtype = torch.float64, device: str = "cpu", **options: Any
+) -> dict[str, Tensor]:
+    """Output and gradients, as float64 on the CPU, of one backend."""
+    inputs = {name: tensor.to(device, dtype) for name, tensor in case.tensors().items()}
     grad = inputs.pop("grad")
     for tensor in inputs.values():
         tensor.requires_grad_()
     attend = _eager if impl == "eager" else sparse_attention
     arguments = {**inputs, **case.options, **options}
+    arguments = {name: item.to(device) if isinstance(item, Tensor) else item for name, item in arguments.items()}
     output = attend(**arguments) if impl == "eager" else attend(**arguments, impl=impl)
     gradients = torch.autograd.grad(output, list(inputs.values()), grad)
     results = {"output": output, **dict(zip(inputs, gradients))}
-    return {name: tensor.detach().double() for name, tensor in results.items()}
+    return {name: tensor.detach().cpu().double() for name, tensor in results.items()}
 
 
 def _eager(

@@ -148,6 +148,12 @@ def test_autocast_computes_in_its_dtype_as_pytorch_does():
     assert (gradient != 0).any()
 
 
+def test_autocast_leaves_float64_alone():
+    query = torch.randn(1, 3, 20, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_attention(query, query, query).dtype == torch.float64
+
+
 def test_layouts_of_inputs_do_not_matter():
     query, key, value = (torch.randn(2, 9, 4, 8, dtype=torch.float64) for _ in range(3))
     strided = [tensor.transpose(1, 2) for tensor in (query, key, value)]

@@ -25,6 +25,17 @@ def test_equals_the_reference_in_float64(name, alpha):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_on_a_gpu(name, alpha):
+    expected = run(CASES[name], "reference", alpha=alpha)
+    actual = run(CASES[name], "chunked", alpha=alpha, device="cuda")
+    assert {key: relative_error(actual[key], expected[key]) for key in expected} == pytest.approx(
+        dict.fromkeys(expected, 0.0), abs=1e-10
+    )
+
+
 @pytest.mark.parametrize("name", ["causal-gqa3-dim100", "left-padded", "packed", "window", "mask-per-head-gqa"])
 def test_does_not_depend_on_the_tiles(name, monkeypatch):
     expected = run(CASES[name], "chunked", alpha=1.5)

@@ -11,6 +11,7 @@ from hf_sparse_attention.ops.chunked import ChunkedAttention
 from hf_sparse_attention.ops.visibility import resolve_visibility
 
 OPERATOR = torch.ops.hf_sparse_attention.chunked_attention.default
+BACKWARD = torch.ops.hf_sparse_attention.chunked_attention_backward.default
 OPTIONS = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -47,6 +48,15 @@ def test_opcheck(name, alpha, top_k, dropout_p):
     seed = torch.tensor([7]) if dropout_p else None
     arguments = (query, key, value, alpha, 0.5, scale, slopes, *visibility, None, None, top_k, dropout_p, seed)
     results = torch.library.opcheck(OPERATOR, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+    arguments = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in arguments]
+    output, statistics = OPERATOR(*arguments)
+    needs = scale is not None, slopes is not None
+    checks = ("test_schema", "test_faketensor")
+    results = torch.library.opcheck(
+        BACKWARD, (torch.ones_like(output), statistics, *needs, *arguments), test_utils=checks
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
