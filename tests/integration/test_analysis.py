@@ -172,17 +172,25 @@ def test_observed_models_compute_the_same():
 
 def test_weights_of_one_layer_in_memory():
     model = tiny_model(num_hidden_layers=4)
-    alive = []
+    alive, logits = [], []
 
     def receive(attention):
         assert attention.weights.shape == (1, 6, 17, 17)
-        assert [ref() for ref in alive] == [None] * attention.layer
         alive.append(weakref.ref(attention.weights))
 
+    def all_gone(*_):
+        assert alive
+        assert not any(ref() is not None for ref in alive)
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(all_gone)
     with observe_attention(model, receive):
         alone(model, prompts(17)[0])
     assert len(alive) == 4
-    assert alive[-1]() is None
+
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape))
+    analyze(model, prompts(17))
+    assert logits == [(1, 1, 61)]
 
 
 def test_attention_map():

@@ -76,6 +76,21 @@ def test_wrong_numbers_fail(capsys, replace_chunked, change):
     assert len(re.findall(r"^  reference .* pass$", out, re.MULTILINE)) == 8
 
 
+def test_nan_in_one_gradient_fails(monkeypatch):
+    def spoiled(query, key, value, impl, **arguments):
+        if impl == "chunked":
+            # Adds 0, with a gradient of 0 / 0.
+            value = value + (value - value).sqrt()
+        return sparse_attention(query, key, value, impl=impl, **arguments)
+
+    monkeypatch.setattr(command, "sparse_attention", spoiled)
+    gradients = command._attend("chunked", 1.5, *command._inputs(CPU, torch.float32))[1:]
+    assert [bool(gradient.isnan().any()) for gradient in gradients] == [False, False, True, False]
+    check = command.self_check("chunked", torch.float32, 1.5, CPU)
+    assert (check.passed, check.gradients) == (False, float("inf"))
+    assert check.output < 1e-5
+
+
 def test_a_backend_that_breaks_fails(capsys, replace_chunked):
     def broken(output):
         raise RuntimeError("no kernel image\nis available")
