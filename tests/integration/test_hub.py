@@ -1,6 +1,7 @@
 """Pushing to a Hub and loading from it, over HTTP; the code that a checkpoint carries; failing pushes."""
 
 import builtins
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import transformers
 from families import FAMILIES, randomize_scale, tiny_config, tiny_model
 from hub_server import serving
+from test_composite import gemma3, llava
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -138,6 +140,14 @@ def results_of(process):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def imported(file, monkeypatch):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -248,20 +258,35 @@ def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_remote_code_of_every_family(tmp_path, family):
+def test_remote_code_of_every_family(tmp_path, monkeypatch, family):
     """The file's classes have transformers' names, so that ``architectures`` stays what it was."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert {"AutoModel", "AutoModelForCausalLM"} <= set(auto_map)
     assert auto_map["AutoModelForCausalLM"] == f"modeling_sparse_attention.{type(model).__name__}"
-    namespace = {"__name__": "modeling_sparse_attention"}
-    exec((tmp_path / REMOTE_CODE_FILE).read_text(), namespace)
+    code = imported(tmp_path / REMOTE_CODE_FILE, monkeypatch)
     for reference in auto_map.values():
-        cls = namespace[reference.removeprefix("modeling_sparse_attention.")]
+        cls = getattr(code, reference.removeprefix("modeling_sparse_attention."))
         assert issubclass(cls, TrustedCheckpoint)
         assert getattr(transformers, cls.__name__) in cls.__mro__
     assert (tmp_path / REMOTE_CODE_FILE).read_text().count("\nclass ") == len(set(auto_map.values()))
+
+
+@pytest.mark.parametrize("kind", [llava, gemma3])
+def test_remote_code_of_composite_models(tmp_path, monkeypatch, kind):
+    """The settings are the text model's; one changed field leaves the others, also where the config lost them."""
+    model_class, config, _ = kind(attn_implementation="asentmax", sparse_attention={"position_encoding": "nape"})
+    model_class(config).save_pretrained(tmp_path)
+    code = imported(tmp_path / REMOTE_CODE_FILE, monkeypatch)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageTextToText"] == f"modeling_sparse_attention.{model_class.__name__}"
+    loaded = getattr(code, model_class.__name__).from_pretrained(
+        tmp_path, config=AutoConfig.from_pretrained(tmp_path), sparse_attention={"alpha": 1.25}
+    )
+    settings = loaded.config.text_config.sparse_attention
+    assert (settings["alpha"], settings["position_encoding"]) == (1.25, "nape")
+    assert loaded.config.sparse_attention is None
 
 
 def test_with_the_package_imported_nobody_is_asked(tmp_path, monkeypatch):
