@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -92,6 +94,10 @@ def run(
             names of the files.
     """
     output = Path(options.output_dir)
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    for tracker in options.trackers or []:
+        if tracker not in installed:
+            raise ArgumentError(f"trackers: {tracker!r} is not installed; installed: {', '.join(installed) or 'none'}")
     accelerator = Accelerator(
         # Without this, processes on a machine without an accelerator would each train alone.
         cpu=not torch.accelerator.is_available(),
@@ -179,7 +185,7 @@ def train(
     step, tokens, evaluation, pending = 0, 0, {}, []
     if checkpoint is not None:
         state = read_state(checkpoint)
-        accelerator.load_state(str(checkpoint))
+        restore(accelerator, checkpoint, optimizer, state["step"])
         rows.load_state_dict(state["data"])
         step, tokens, evaluation = state["step"], state["tokens"], state["evaluation"]
         pending = state["pending_losses"]
@@ -262,6 +268,20 @@ def train(
             push(output, [*files, "README.md"], options)
     accelerator.end_training()
     return None
+
+
+def restore(accelerator: Accelerator, checkpoint: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Load weights, optimizer and random states, and see that the optimizer really has them."""
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # torch and accelerate have many types
+        raise CheckpointError(f"{checkpoint}: could not be restored ({error})") from error
+    updates = max((int(values["step"]) for values in optimizer.state.values()), default=0)
+    if updates != step:
+        raise CheckpointError(
+            f"{checkpoint}: accelerate {accelerate.__version__} restored an optimizer of {updates} steps instead of "
+            f"{step}; FSDP2 needs accelerate 1.13 or newer for this"
+        )
 
 
 def count_labels(rows: list[dict[str, torch.Tensor]]) -> int:

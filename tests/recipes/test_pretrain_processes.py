@@ -1,6 +1,7 @@
 """Training in other processes: killed ones continue, several give the losses of one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,9 +127,12 @@ def test_killed_and_resumed(pretrain, trained, tiny_options, tmp_path, death, la
     assert not list(output.glob(".checkpoint-*"))
 
 
-def test_two_processes(single, validated, tmp_path):
+def test_two_processes(pretrain, single, validated, tmp_path):
     options = {**validated, "output_dir": tmp_path / "run", "device_batch_size": 1}
     launch("multi_gpu.yaml", RECIPES / "pretrain.py", options, tmp_path)
+    assert_same_run(tmp_path / "run", single)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000010")
+    pretrain(tmp_path / "run", **validated, resume="latest")  # one process goes on for two
     assert_same_run(tmp_path / "run", single)
 
 

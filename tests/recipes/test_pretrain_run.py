@@ -256,6 +256,22 @@ def test_damaged_checkpoint_is_refused(pretrain, trained, tmp_path, capsys):
     assert "--resume checkpoint-00000006" in message
 
 
+def test_optimizer_that_was_not_restored_is_refused(pretrain, trained, tmp_path, capsys, monkeypatch):
+    # FSDP2 with accelerate before 1.13 loads the weights and quietly starts a new optimizer.
+    output = copy_until(trained, tmp_path / "run", 9)
+    original = recipe.Accelerator.load_state
+
+    def forgetful(accelerator, *args):
+        original(accelerator, *args)
+        for values in accelerator._optimizers[0].state.values():
+            values["step"].fill_(1)
+
+    monkeypatch.setattr(recipe.Accelerator, "load_state", forgetful)
+    with pytest.raises(SystemExit):
+        pretrain(output, resume="latest")
+    assert "restored an optimizer of 1 steps instead of 9" in capsys.readouterr().err
+
+
 def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
     with locked_folder(tmp_path / "run"), pytest.raises(SystemExit):
         pretrain(tmp_path / "run")
@@ -269,6 +285,7 @@ def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"train_data": "nothing.txt"}, "nothing.txt: no such file"),
+        ({"trackers": ["tensorboards"]}, "trackers: 'tensorboards' is not installed; installed: "),
         ({"batch_size": 5}, "batch_size is 5; allowed: multiples of device_batch_size x processes, 2"),
         ({"model_overrides": {"hidden": 3}}, "llama has no field 'hidden'"),
         ({"model_overrides": {"model_type": "lama"}}, "model_type is 'lama'"),
