@@ -117,10 +117,8 @@ class ChunkedAttention:
             if grad_scale is not None:
                 self._store(tile, grad_scale, (grad_rows * query_rows).sum(-1).mul_(self.scaling))
             if grad_slopes is not None:
-                per_row = torch.mul(self._split(tile, grad), self._distance(tile), out=self._split(tile, product)).sum(
-                    -1
-                )
-                per_head = (per_row * self._split(tile, inverse)[..., 0]).sum((0, 3))
+                per_row = self._split(tile, grad).mul_(self._distance(tile)).sum(-1, keepdim=True)
+                per_head = (per_row * self._split(tile, inverse)).sum((0, 3, 4))
                 grad_slopes[self._query_heads(tile)].sub_(per_head.flatten())
         return (
             grad_query,
