@@ -62,8 +62,13 @@ class HubServer:
 
     def environment(self, home: Path) -> dict[str, str]:
         """For a process whose huggingface_hub is to talk to this server, and to nothing else."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGINGFACE", "TRANSFORMERS_"))
+        }
         return {
-            **os.environ,
+            **inherited,
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(home),
@@ -71,6 +76,7 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
 
 
@@ -193,13 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "transfer": "basic",
                 "objects": [
-                    {**entry, "actions": {"upload": {"href": f"{self.hub.url}/lfs-store/{entry['oid']}"}}}
+                    {**entry, "actions": {"upload": {"href": f"{self.hub.url}/lfs-store/{repo}/{entry['oid']}"}}}
                     for entry in json.loads(self.body())["objects"]
                 ],
             }
         )
 
-    def lfs_store(self, oid: str) -> None:
+    def lfs_store(self, repo: str, oid: str) -> None:
         content = self.body()
         if hashlib.sha256(content).hexdigest() != oid:
             self.answer({"error": "checksum"}, HTTPStatus.BAD_REQUEST)
@@ -262,6 +268,6 @@ _ROUTES = [
     (rf"/api/models/{_REPOSITORY}/preupload/[^/]+", ("POST",), _Handler.preupload),
     (rf"/api/models/{_REPOSITORY}/commit/[^/]+", ("POST",), _Handler.commit),
     (rf"/{_REPOSITORY}\.git/info/lfs/objects/batch", ("POST",), _Handler.lfs_batch),
-    (r"/lfs-store/(?P<oid>[0-9a-f]{64})", ("PUT",), _Handler.lfs_store),
+    (rf"/lfs-store/{_REPOSITORY}/(?P<oid>[0-9a-f]{{64}})", ("PUT",), _Handler.lfs_store),
     (rf"/{_REPOSITORY}/resolve/[^/]+/(?P<path>.+)", ("GET", "HEAD"), _Handler.resolve),
 ]

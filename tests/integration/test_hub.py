@@ -226,13 +226,13 @@ def test_without_the_package_trust_names_what_to_install(hub, checkpoint, tmp_pa
 
 def test_failing_pushes_say_so_and_keep_the_local_files(hub, checkpoint, tmp_path):
     folder, expected = checkpoint
-    hub.faults = {"/api/models/tester/model/commit/": "500", "/tester/trainer.git/info/lfs": "hang up"}
+    hub.faults = {"/api/models/tester/model/commit/": "500", "/lfs-store/tester/trainer/": "hang up"}
     process = run(FAILING_PUSH, folder, tmp_path, env=hub.environment(tmp_path / "home"))
     assert process.returncode != 0
     assert "500 Internal Server Error" in process.stdout
     assert f"{hub.url}/api/models/tester/model/commit/main" in process.stdout
     assert "pushed" not in process.stdout
-    assert "Server disconnected without sending a response" in process.stderr
+    assert "Error while uploading 'model.safetensors' to the Hub" in process.stderr
     assert all(any(fault in path for _, path in hub.requests) for fault in hub.faults)
     for name in ("model", "trainer"):
         assert not any(file.endswith(".safetensors") for file in hub.files(f"tester/{name}"))
