@@ -1,5 +1,6 @@
 """Training in other processes: killed ones continue, several give the losses of one."""
 
+import ast
 import os
 import shutil
 import signal
@@ -35,6 +36,46 @@ def save_accelerator_state(output_dir, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return location
 accelerate.accelerator.save_accelerator_state = save_accelerator_state
+"""
+
+# Starts the run again and again in children, which cost no imports. Twenty of them are killed at a random one of their
+# file operations and forward passes.
+KILLED_OFTEN = """
+import random
+output, kills = sys.argv[sys.argv.index("--output_dir") + 1], []
+rng, finished = random.Random(0), 0
+while True:
+    countdown = [rng.randrange(100, 360) if len(kills) < 20 else 0]
+    child = os.fork()
+    if child == 0:
+        def tick(event, args=()):
+            if event.startswith(("open", "os.", "shutil.", "forward")):
+                countdown[0] -= 1
+                if countdown[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        original = pretrain.forward_backward
+        def forward_backward(*args):
+            tick("forward")
+            result = original(*args)
+            tick("forward")
+            return result
+        pretrain.forward_backward = forward_backward
+        sys.addaudithook(tick)
+        status = 1
+        try:
+            pretrain.main(sys.argv[1:])
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        finished += len(kills) < 20
+        if len(kills) == 20:
+            break
+        continue
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    kills.append(sorted(name for name in os.listdir(output) if "checkpoint-" in name) if os.path.isdir(output) else [])
+print(finished, kills)
 """
 
 # accelerate offers FSDP on accelerators only; these lines make it take two CPU processes for two GPUs. A signal that
@@ -124,6 +165,21 @@ def test_killed_and_resumed(pretrain, trained, tiny_options, tmp_path, death, la
     assert (death is KILLED_WHILE_SAVING) == bool(list(output.glob(".checkpoint-*.tmp")))
     pretrain(output, resume="latest")
     assert read_metrics(output) == read_metrics(trained)
+    assert not list(output.glob(".checkpoint-*"))
+
+
+def test_killed_at_random_moments(pretrain, tiny_options, tmp_path):
+    output = tmp_path / "run"
+    options = {**tiny_options, "max_steps": 60, "save_steps": 2, "resume": "latest"}
+    process = run([sys.executable, "-c", START + KILLED_OFTEN, *as_flags({**options, "output_dir": output})], tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    finished, kills = process.stdout.splitlines()[-1].split(" ", 1)
+    kills = ast.literal_eval(kills)
+    assert len(kills) == 20
+    assert int(finished) == 0, "it was over before the last kill"
+    assert len({str(names) for names in kills}) >= 5, "all were killed at the same place"
+    assert any(name.endswith(".tmp") for names in kills for name in names), "none was killed while saving"
+    assert read_metrics(output) == read_metrics(pretrain(tmp_path / "whole", **options))
     assert not list(output.glob(".checkpoint-*"))
 
 
