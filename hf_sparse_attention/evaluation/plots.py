@@ -20,6 +20,8 @@ def plot_perplexity(
         results: per checkpoint ``by_length`` and ``by_position`` as in the recipe's JSON.
         unigram: perplexity without context, drawn as a dotted line.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, ((left, right),) = figure_grid(1, 2, width=10.0, height=4.0)
     for number, (name, result) in enumerate(results.items()):
         style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
@@ -33,6 +35,10 @@ def plot_perplexity(
     if unigram is not None:
         left.axhline(unigram, color="0.5", linestyle=":", label="unigram")
     left.set_yscale("log")
+    bottom, top = left.get_ylim()
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8) if top < 30 * bottom else (1,)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("perplexity of the same target tokens")
     right.set_ylabel("mean loss (nats per token)")
     for axes, label in ((left, "context length (tokens)"), (right, "position (tokens read before)")):
@@ -89,6 +95,7 @@ def figure_grid(rows: int, columns: int, width: float, height: float) -> tuple[F
 def length_axis(axes: Axes, label: str, train_length: int | None) -> None:
     """Lengths on a logarithmic axis, with a line at the training length, if any."""
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel(label)
     if train_length is not None:
         axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
