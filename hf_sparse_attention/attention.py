@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
@@ -205,15 +206,26 @@ def _check_keywords(kwargs: dict[str, Any], preset: str) -> None:
 
 
 def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor) -> Tensor | None:
+    """Slopes of the query heads that this process holds, (heads,); None without ALiBi."""
     num_heads = module.config.num_attention_heads
     if not settings.num_alibi_heads(num_heads):
         return None
-    if query.shape[1] != num_heads:
-        raise ValueError(
-            f"this process holds {query.shape[1]} of {num_heads} heads: position_encoding="
-            f"{settings.position_encoding!r} gives heads different slopes and does not support tensor parallelism."
-        )
-    return alibi_slopes(settings, num_heads, query.device)
+    slopes = alibi_slopes(settings, num_heads, query.device)
+    return slopes if query.shape[1] == num_heads else slopes.split(query.shape[1])[_tensor_parallel_rank(module)]
+
+
+def _tensor_parallel_rank(module: nn.Module) -> int:
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh.get_local_rank()
+    for part in module.children():
+        # Where transformers keeps it when it shards into plain tensors (5.4).
+        if (mesh := getattr(part, "_hf_device_mesh", None)) is not None:
+            return mesh.get_local_rank()
+    raise ValueError(
+        f"{type(module).__name__} holds only some of its heads, and it is not known which: those have ALiBi slopes. "
+        "Shard the model with transformers' tensor parallelism."
+    )
 
 
 def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

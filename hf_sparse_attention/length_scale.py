@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class HeadProjection(nn.Module):
-    """Hidden states (B, L, in_features) to one number per head (B, heads, L).
+    """Hidden states (B, L, in_features) to one number per head (B, L, heads).
 
     Not an ``nn.Linear``: quantisers and PEFT's ``all-linear`` would replace it, and a model's weight initialisation
     would overwrite its zeros.
@@ -40,17 +40,18 @@ class HeadProjection(nn.Module):
             init.constant_(self.bias, self.bias_init)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight, self.bias).transpose(1, 2)
+        return F.linear(hidden_states, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, heads={self.out_features}, bias={self.bias is not None}"
 
 
 class HeadConstant(nn.Module):
-    """One learned number per head, shape (1, heads, 1); a 2-D weight, which sharding by heads can split."""
+    """One learned number per head, (1, 1, heads); a 2-D weight, which tensor parallelism can split by heads."""
 
     def __init__(self, num_heads: int, value: float) -> None:
         super().__init__()
+        self.out_features = num_heads
         self.value = value
         self.weight = nn.Parameter(torch.empty(num_heads, 1))
         self.reset_parameters()
@@ -59,7 +60,7 @@ class HeadConstant(nn.Module):
         init.constant_(self.weight, self.value)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.weight[None].to(hidden_states.dtype)
+        return self.weight.mT[None].to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.weight.shape[0]}"
@@ -97,15 +98,15 @@ class LengthScale(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, L, hidden) to beta and gamma, float32, each broadcastable to (B, heads, L)."""
         if self.kind == "log":
-            factor = self.factor(hidden_states).float()
+            factor = self.factor(hidden_states).transpose(1, 2).float()
             return factor, torch.ones_like(factor)
         if self.kind == "adaptive":
-            raw_beta, raw_gamma = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
+            raw = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
         else:
-            raw_beta, raw_gamma = self.beta(hidden_states), self.gamma(hidden_states)
+            raw = self.beta(hidden_states), self.gamma(hidden_states)
+        raw_beta, raw_gamma = (values.transpose(1, 2).float() for values in raw)
         # softplus as -logsigmoid(-x): F.softplus before a transpose breaks its backward under aot_eager.
-        beta = -F.logsigmoid(-raw_beta.float())
-        return beta, self.gamma_range * torch.tanh(raw_gamma.float())
+        return -F.logsigmoid(-raw_beta), self.gamma_range * torch.tanh(raw_gamma)
 
 
 def warn_frozen(scale: nn.Module) -> None:

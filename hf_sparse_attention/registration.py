@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ def _post_init(original: Callable, self: PreTrainedModel) -> None:
             f"config.sparse_attention is set, but the model computes attn_implementation={preset!r}, as asked."
         )
     original(self)
+    _shard_scales_by_heads(self)
+
+
+def _shard_scales_by_heads(model: PreTrainedModel) -> None:
+    """Extend the tensor-parallel plan of a model that has one: each process holds the scales of its own heads."""
+    if getattr(model, "_tp_plan", None):
+        for name, module in model.named_modules():
+            if isinstance(module, SCALE_MODULES):
+                model._tp_plan[re.sub(r"\.\d+\.", ".*.", name)] = "colwise"
 
 
 def _initialize_weights(
