@@ -102,7 +102,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.floa
     try:
         _choose(backend, device, dtype)
     except ValueError as error:
-        return str(error).partition(": ")[2].rpartition("; allowed")[0]
+        return _reason(str(error).rpartition("; allowed")[0])
     except Exception:  # an installation that is broken: the self-check shows how
         return None
     return None
@@ -134,8 +134,13 @@ def automatic(device: torch.device, **arguments: Any) -> str:
             backend = _choose("auto", device, dtype, **arguments)
         except Exception as error:
             return f"nothing, it fails: {_first_line(error)}"
-    reason = str(caught[0].message).partition(": ")[2].rstrip(".") if caught else ""
-    return f"{backend} ({reason})" if reason else backend
+    return f"{backend}: {_reason(str(caught[0].message).rstrip('.'))}" if caught else backend
+
+
+def _reason(message: str) -> str:
+    """What a message of the dispatcher says after its colon, in a sentence of its own."""
+    reason = message.partition(": ")[2]
+    return f"the Triton kernels {reason[5:]}" if reason.startswith("they ") else reason
 
 
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, has_mask: bool = False, **arguments: Any) -> str:

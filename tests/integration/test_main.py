@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import runpy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -102,6 +103,18 @@ def test_a_backend_that_breaks_fails(capsys, replace_chunked):
     assert len(re.findall(r"^  reference .* pass$", out, re.MULTILINE)) == 8
 
 
+def test_slower_paths_are_explained(monkeypatch):
+    def choose_backend(impl, *inputs, **arguments):
+        if impl == "triton":
+            raise ValueError("impl is 'triton', but ...: they need a CUDA device; allowed: impl='auto'.")
+        warnings.warn("sparse_attention takes the slower path: they do not support dropout_p.", stacklevel=1)
+        return "chunked"
+
+    monkeypatch.setattr(command, "choose_backend", choose_backend)
+    assert command.automatic(CPU, dropout_p=0.1) == "chunked: the Triton kernels do not support dropout_p"
+    assert command.obstacle("triton", CPU) == "the Triton kernels need a CUDA device"
+
+
 def test_missing_packages_are_reported(monkeypatch):
     def version(name):
         if name == "triton":
@@ -120,4 +133,6 @@ def test_the_kernels_are_checked_and_used_on_a_gpu():
         for alpha in command.ALPHAS:
             assert command.self_check("triton", dtype, alpha, device).passed
     assert command.automatic(device) == "triton"
-    assert command.automatic(device, return_weights=True).startswith("reference (they do not support return_weights")
+    expected = "reference: the Triton kernels do not support return_weights"
+    # The dispatcher says why once per process.
+    assert command.automatic(device, return_weights=True) in ("reference", expected)
