@@ -104,16 +104,19 @@ def query_gradient_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         y = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
         keys = first + cols
+        if HAS_SLOPES:
+            # Outside the branch below: a value used in it and after it is hoisted wrongly by Triton 3.6.
+            far = distance(position, keys)
         if fix:
             if HAS_SLOPES:
-                y = y - row_slope[:, None] * distance(position, keys)
+                y = y - row_slope[:, None] * far
             y = mask_invisible(y, keys, start, end)
         v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, u = weights(y, beta, KIND)
-        grad_y = tl.where(u > 0, u * (grad_p - delta[:, None]), 0.0)
+        grad_y = u * (grad_p - delta[:, None])
         if SLOPE_GRADIENT:
-            moment += tl.sum(grad_y * distance(position, keys), 1)
+            moment += tl.sum(grad_y * far, 1)
         grad_q = tl.dot(grad_y.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
     if SCALE_GRADIENT:
@@ -234,7 +237,7 @@ def key_value_gradient_kernel(
             grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             if EXACT:
                 c *= inverse
-            grad_y = tl.where(u > 0, u * (grad_p * c[None, :] - (delta * c)[None, :]), 0.0)
+            grad_y = u * (grad_p * c[None, :] - (delta * c)[None, :])
             grad_k = tl.dot(grad_y.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     base_k = GRAD_K + (tl.cast(b, tl.int64) * k_len * k_heads + k_head) * D

@@ -19,11 +19,13 @@ from .solve import solve_kernel
 from .sweep import key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
 from .tiles import ALIGNMENT
-from .tiling import Tiling, decode_launch, padded, tiling
+from .tiling import DECODE_SCORES, Tiling, decode_launch, padded, tiling
 
 LOG2_E = 1.4426950408889634
 # Keys and values of the heads in flight should fit in the L2 cache beside everything else.
 _L2_BYTES = 24 * 2**20
+# Every so many tiles are swept before the others, so that the bounds become good early.
+_SAMPLE = 8
 # Programs among which the keys of a decoding step are split.
 _DECODE_PROGRAMS = 1024
 # |F^(1/beta) - 1| before the last step of the threshold, by input dtype; the step leaves far less.
@@ -159,16 +161,14 @@ def forward_op(
     limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
     factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
     norms = None if slopes is None else _key_norms(key, tiles.columns)
-    # INVERSE is written last: until then it holds the lower bounds.
-    bound = inverse
     excess = rows.new_empty(heads, q_tiles, k_tiles)
     sweep_kernel[grid](
-        query, key, query_scale, slopes, norms, *visible, reference, bound, offset, lists, excess, counts,
-        *_strides(query, key), *places, *factors, KIND=kind, **common,
-        **tiles.sweep.options(),
+        query, key, query_scale, slopes, norms, *visible, reference, offset, lists, excess, counts,
+        *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE,
+        **common, **tiles.sweep.options(),
     )  # fmt: skip
     solve_kernel[grid](
-        query, key, query_scale, slopes, *visible, reference, bound, offset, lists, counts,
+        query, key, query_scale, slopes, *visible, reference, offset, lists, counts,
         *_strides(query, key), *places, *factors, limits[query.dtype],
         KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
     )  # fmt: skip
@@ -267,7 +267,7 @@ def decode_op(
     )  # fmt: skip
     decode_threshold_kernel[(batch * k_heads * rows,)](
         scores, block_max, reference, offset, row_lists, blocks, beta, limits[query.dtype],
-        KIND=kind, BN=launch.columns, AT_ONCE=32, num_warps=8,
+        KIND=kind, BN=launch.columns, AT_ONCE=max(1, DECODE_SCORES // launch.columns), num_warps=16,
     )  # fmt: skip
     decode_output_kernel[(splits, batch * k_heads)](
         value, scores, block_max, reference, offset, lists, partial, total,

@@ -17,14 +17,14 @@ MAX_PASSES = tl.constexpr(40)
     ]
 )  # fmt: skip
 def solve_kernel(
-    Q, K, QUERY_SCALE, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS, REFERENCE, BOUND, OFFSET, LIST, COUNT,
+    Q, K, QUERY_SCALE, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS, REFERENCE, OFFSET, LIST, COUNT,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta, tolerance,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Replace the guesses in OFFSET by thresholds.
+    """Replace the lower bounds in OFFSET by thresholds.
 
     Grid: (q_tiles * batch * q_heads,).
     """
@@ -56,7 +56,7 @@ def solve_kernel(
     t = tl.load(OFFSET + slot)
     found = t < UNREACHABLE
     top = tl.where(found, highest_offset(reference), t)
-    lo_t = tl.load(BOUND + slot)
+    lo_t = t
     hi_t = top
     count = tl.load(COUNT + tile_index)
     unsolved = count

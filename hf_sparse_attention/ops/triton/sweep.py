@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from .threshold import NOTHING, UNREACHABLE, highest_offset, power_step, raise_bound
+from .threshold import NOTHING, UNREACHABLE, highest_offset, raise_bound
 from .tiles import head_base, load_query, load_tile, positions_of, schedule, tile_scores, visible_keys
 
-# Every so many tiles are visited before the others.
-SAMPLE = tl.constexpr(8)
 # Entries of a list that are treated at once.
 CHUNK = tl.constexpr(256)
 
@@ -58,18 +56,18 @@ def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, 
 )  # fmt: skip
 def sweep_kernel(
     Q, K, QUERY_SCALE, SLOPES, NORMS, KEY_START, KEY_END, QUERY_POSITIONS,
-    REFERENCE, BOUND, OFFSET, LIST, EXCESS, COUNT,
+    REFERENCE, OFFSET, LIST, EXCESS, COUNT,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Candidate tiles of BM queries of one head, and per row the maximum, a lower bound and a guess of the threshold.
+    """Candidate tiles of BM queries of one head, and per row the maximum and a lower bound of the threshold.
 
-    Grid: (q_tiles * batch * q_heads,). REFERENCE receives the row maximum in units of ``(alpha - 1) z``, BOUND and
-    OFFSET the bound and the guess relative to it, LIST entries ``2 * tile + (some row does not see the whole tile)``.
-    ``scale`` is ``(alpha - 1) * scaling``.
+    Grid: (q_tiles * batch * q_heads,). REFERENCE receives the row maximum in units of ``(alpha - 1) z``, OFFSET the
+    bound relative to it, LIST entries ``2 * tile + (some row does not see the whole tile)``. ``scale`` is
+    ``(alpha - 1) * scaling``.
     """
     q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
     b = bh // q_heads
@@ -98,9 +96,8 @@ def sweep_kernel(
 
     m = tl.full([BM], NOTHING, tl.float32)
     t = tl.where(live, NOTHING, UNREACHABLE)
-    at = t
-    none = tl.zeros([BM], tl.float32)
-    f, d, f_model, d_model, c_model = none, none, none, none, none
+    f = tl.zeros([BM], tl.float32)
+    d = tl.zeros([BM], tl.float32)
     lo_tile = lo // BN
     hi_tile = tl.maximum(tl.cdiv(hi, BN), lo_tile)
 
@@ -117,12 +114,10 @@ def sweep_kernel(
                     D, DP, HAS_SLOPES, PRECISION,
                 )  # fmt: skip
                 a_max = tl.max(a, 1) * c
-                m, t, at, f, d, f_model, d_model, c_model = raise_bound(
-                    m, t, at, f, d, f_model, d_model, c_model, a * c[:, None], a_max, beta, KIND
-                )
+                m, t, f, d = raise_bound(m, t, f, d, a * c[:, None], a_max, beta, KIND)
             # The sweep will meet these tiles again.
-            at = t
-            f, d, f_model, d_model, c_model = none, none, none, none, none
+            f = tl.zeros([BM], tl.float32)
+            d = tl.zeros([BM], tl.float32)
             q32 = q.to(tl.float32)
             reach = tl.max(tl.where(live, tl.sqrt(tl.sum(q32 * q32, 1)) * c, 0.0), 0)
             t_min = tl.min(tl.where(live, t, UNREACHABLE), 0)
@@ -152,9 +147,7 @@ def sweep_kernel(
         )  # fmt: skip
         a_max = tl.max(a, 1) * c
         if tl.max(a_max - t, 0) > 0:
-            m, t, at, f, d, f_model, d_model, c_model = raise_bound(
-                m, t, at, f, d, f_model, d_model, c_model, a * c[:, None], a_max, beta, KIND
-            )
+            m, t, f, d = raise_bound(m, t, f, d, a * c[:, None], a_max, beta, KIND)
             tl.store(LIST + count, (2 * tile + partial.to(tl.int32)).to(LIST.dtype.element_ty))
             tl.store(EXCESS + count, tl.max(a_max - early_t, 0))
             count += 1
@@ -174,11 +167,6 @@ def sweep_kernel(
 
     # Rows that see no key, or only NaN, get a threshold above every score.
     found = live & (m > NOTHING)
-    top = highest_offset(m)
-    bound = tl.minimum(t - m, top)
-    guess = tl.maximum(at + tl.where(f_model > 1.0, power_step(f_model, d_model, c_model, beta), 0.0) - m, bound)
-    guess = tl.where(guess >= top, 0.5 * (bound + top), guess)
     tl.store(REFERENCE + slot, tl.where(found, m, 0.0))
-    tl.store(BOUND + slot, tl.where(found, bound, UNREACHABLE))
-    tl.store(OFFSET + slot, tl.where(found, guess, UNREACHABLE))
+    tl.store(OFFSET + slot, tl.where(found, tl.minimum(t - m, highest_offset(m)), UNREACHABLE))
     tl.store(COUNT + tile_index, kept)

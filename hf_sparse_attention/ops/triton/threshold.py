@@ -82,65 +82,27 @@ def power_step(f, d, c, beta):
 
 
 @triton.jit
-def bound_sums(f, d, m, t, step, beta, KIND: tl.constexpr):
-    """A lower bound of F and an upper bound of D over the same keys after t grows by ``step >= 0``.
-
-    ``F^(1/beta)`` is convex, so it stays above its tangent; ``(x - step) / x <= 1 - step / max(x)``.
-    """
-    r = root(f, beta, KIND)
-    r = tl.maximum(r - step * d * r / tl.where(f > 0, f, 1.0), 0.0)
-    f, _ = powers(r, beta, KIND)
-    shrink = tl.maximum(1.0 - step / tl.maximum(m - t, 1.0e-30), 0.0)
-    _, u = powers(shrink, beta, KIND)
-    return f, d * u
-
-
-@triton.jit
-def model_sums(f, d, c, m, t, step, beta):
-    """The sums over the same keys after t grows by ``step``, if F is a power of the distance to its zero."""
-    some = (f > 0) & (step < m - t)
-    safe_d = tl.where(d > 0, d, 1.0)
-    safe_f = tl.where(f > 0, f, 1.0)
-    a = 1.0 - (1.0 - 1.0 / beta) * safe_f * c / (safe_d * safe_d)
-    a = tl.minimum(tl.maximum(a, 1.0e-3), 1.0 / beta)
-    r = tl.maximum(1.0 - step * a * beta * safe_d / safe_f, 1.0e-20)
-    log_r = tl.log2(r)
-    f = tl.where(some, f * tl.exp2(log_r / a), 0.0)
-    d = tl.where(some, d * tl.exp2(log_r * (1.0 / a - 1.0)), 0.0)
-    return f, d, tl.where(some, c * tl.exp2(log_r * tl.maximum(1.0 / a - 2.0, 0.0)), 0.0)
-
-
-@triton.jit
-def raise_bound(m, t, at, f, d, f_model, d_model, c_model, s, s_max, beta, KIND: tl.constexpr):
-    """Account for one tile of scores in a row's lower bound of tau. All arguments but s are per row. # [BM]
+def raise_bound(m, t, f, d, s, s_max, beta, KIND: tl.constexpr):
+    """Account for one tile of scores in a row's lower bound of tau.
 
     Args:
-        m, t: maximum, and lower bound of tau.
-        at: where the sums are taken; t has moved one step beyond.
-        f, d: lower bound of F and upper bound of D at ``at``, over the keys seen.
-        f_model, d_model, c_model: estimates of F, D and C there, for the first guess of tau.
+        m, t: maximum and bound so far. # [BM]
+        f, d: sums of ``(s - t)^beta`` and ``(s - t)^(beta - 1)`` over keys seen since t last moved. # [BM]
         s, s_max: the tile's scores and their row maxima. # [BM, BN], [BM]
 
-    The threshold over a subset of the keys never exceeds the threshold over all, and a Newton step with F too small
-    and D too large is too short: t stays a lower bound.
+    The threshold over a subset of the keys never exceeds the threshold over all, so a Newton step from the sums of any
+    subset keeps t a lower bound.
     """
-    t_new = tl.maximum(t, s_max - 1.0)
-    step = t_new - at
-    # A Newton step from f > 1 ends where F is at least 1.
-    stepped = (f > 1.0) & (t_new == t)
-    f, d = bound_sums(f, d, m, at, step, beta, KIND)
-    f = tl.where(stepped, tl.maximum(f, 1.0), f)
-    f_model, d_model, c_model = model_sums(f_model, d_model, c_model, m, at, step, beta)
     m = tl.maximum(m, s_max)
+    t_new = tl.maximum(t, m - 1.0)
+    stay = t_new == t
     x = tl.maximum(s - t_new[:, None], 0.0)
     p, u = powers(x, beta, KIND)
-    tile_f = tl.sum(p, 1)
-    tile_d = tl.sum(u, 1)
-    f += tile_f
-    d += tile_d
-    t = tl.where(f > 1.0, t_new + newton_step(f, d, beta, KIND), t_new)
-    c_model += tl.sum(curvature(x, beta, KIND), 1)
-    return m, t, t_new, f, d, f_model + tile_f, d_model + tile_d, c_model
+    f = tl.where(stay, f, 0.0) + tl.sum(p, 1)
+    d = tl.where(stay, d, 0.0) + tl.sum(u, 1)
+    over = f > 1.0
+    t_new = tl.where(over, t_new + newton_step(f, d, beta, KIND), t_new)
+    return m, t_new, tl.where(over, 0.0, f), tl.where(over, 0.0, d)
 
 
 @triton.jit

@@ -9,6 +9,9 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Scores of a decoded row that one program treats at once.
+DECODE_SCORES = 64 if INTERPRETED else 16384
+
 
 class Launch(NamedTuple):
     """How one kernel runs: keys of a tile it treats at once, warps, pipeline stages, limit of registers per thread."""
@@ -59,7 +62,7 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
         return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
     if size <= 64:
         sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(64, 4, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 4, 3), Launch(64, 4, 3))
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3, 128), Launch(64, 4, 3))
     if size <= 128:
         sweep, solve, output = Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 2), Launch(128, 8, 1))
