@@ -68,8 +68,11 @@ class MetricsLog:
     def append(self, step: int, values: dict[str, float]) -> None:
         """A line with these values alone."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:  # of a full disk does not name the file
+                raise CheckpointError(f"{self.path}: could not be written ({error})") from error
         if self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 
@@ -134,6 +137,7 @@ def replace_files(folder: Path, write: Callable[[Path], Any]) -> list[str]:
     """
     temporary = folder / ".files.tmp"
     try:
+        temporary.mkdir(parents=True, exist_ok=True)
         write(temporary)
         names = sorted(path.name for path in temporary.iterdir())
         for name in names:

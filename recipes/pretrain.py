@@ -189,13 +189,15 @@ def train(
         rows.load_state_dict(state["data"])
         step, tokens, evaluation = state["step"], state["tokens"], state["evaluation"]
         pending = state["pending_losses"]
-        for group, settings in zip(optimizer.param_groups, group_settings, strict=True):
-            group.update(settings, **adam)
+        for group, own in zip(optimizer.param_groups, group_settings, strict=True):
+            group.update(own, **adam)
         accelerator.print(f"continuing after step {step} of {checkpoint}")
+    elif options.resume is not None:
+        accelerator.print(f"{output} holds no checkpoint yet: starting at step 0")
     log = MetricsLog(accelerator, output / "metrics.jsonl", step, pending)
     settings = {**vars(model_options), **vars(data_options), **vars(options)}
     if accelerator.is_main_process:
-        (output / "options.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        replace_files(output, lambda folder: (folder / "options.json").write_text(json.dumps(settings, indent=1)))
     if options.trackers:
         accelerator.init_trackers(options.project, {name: str(value) for name, value in settings.items()})
 
@@ -216,8 +218,8 @@ def train(
         while step < options.max_steps:
             began = time.perf_counter()
             factor = options.learning_rate_factor(step)
-            for group, settings in zip(optimizer.param_groups, group_settings, strict=True):
-                group["lr"] = settings["lr"] * factor
+            for group, own in zip(optimizer.param_groups, group_settings, strict=True):
+                group["lr"] = own["lr"] * factor
             alpha = alpha_schedule.step(step) if alpha_schedule else None
 
             # Every process reads all rows of the step and keeps its share: the same rows on any number of processes.
@@ -263,7 +265,7 @@ def train(
         card = model_card(
             script, plain_model.config, parameters, evaluation, tokens, model_options, data_options, options
         )
-        card.save(output / "README.md")
+        replace_files(output, lambda folder: card.save(folder / "README.md"))
         if options.push_to_hub:
             push(output, [*files, "README.md"], options)
     accelerator.end_training()

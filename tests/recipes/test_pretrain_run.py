@@ -1,5 +1,6 @@
 """Training runs of pretrain.py in this process: what they write, and that interrupted ones end as undisturbed ones."""
 
+import contextlib
 import json
 import math
 import os
@@ -220,28 +221,39 @@ def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
     assert 8 <= state["extra_drawn"] <= 24
 
 
-def test_full_disk_keeps_the_last_good_state(pretrain, tmp_path, capsys, monkeypatch):
-    original = recipe.forward_backward
-    calls = []
-
-    def fill_disk(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-        return original(*args)
-
+@contextlib.contextmanager
+def largest_file(size):
+    """As on a full disk: no file of this process can grow beyond ``size`` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(recipe, "forward_backward", fill_disk)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(SystemExit) as leaving:
-            pretrain(tmp_path / "run")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_keeps_the_last_good_state(pretrain, trained, tmp_path, capsys):
+    output = copy_until(trained, tmp_path / "run", 3)
+    with pytest.raises(SystemExit) as leaving, largest_file(20_000):
+        pretrain(output, resume="latest")
     assert leaving.value.code == 1
     message = capsys.readouterr().err
     assert "checkpoint-00000006: could not be written" in message
-    assert "checkpoint-00000003" in message
-    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-00000003"]
+    assert "the last good state is" in message
+    assert [path.name for path in output.glob("*checkpoint-*")] == ["checkpoint-00000003"]
+    pretrain(output, resume="latest")
+    assert read_metrics(output) == read_metrics(trained)
+
+
+def test_full_disk_is_told_by_file(pretrain, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit), largest_file(5_000):
+        pretrain(tmp_path / "run")
+    assert f"error: {tmp_path / 'run'}: could not be written" in capsys.readouterr().err
+    output = copy_until(trained, tmp_path / "other", 9)
+    with pytest.raises(SystemExit), largest_file((output / "metrics.jsonl").stat().st_size - 40):
+        pretrain(output, resume="latest")
+    assert "metrics.jsonl: could not be written" in capsys.readouterr().err
+    assert list_checkpoints(output)[-1].name == "checkpoint-00000009"
 
 
 def test_damaged_checkpoint_is_refused(pretrain, trained, tmp_path, capsys):
