@@ -98,6 +98,8 @@ class PerplexityArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap; nothing else is random."})
 
     def __post_init__(self) -> None:
+        if self.rope_factor is not None and set(self.rope_scaling) == {"none"}:
+            raise ValueError(f"rope_factor is {self.rope_factor}, but rope_scaling is none: nothing to scale.")
         for name, value, allowed in (("bos", self.bos, ("auto", "yes", "no")), ("dtype", self.dtype, DTYPES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")

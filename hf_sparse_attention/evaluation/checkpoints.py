@@ -16,6 +16,7 @@ from hf_sparse_attention.loading import check_finite, naming_broken_files
 
 ROPE_SCALINGS = ("none", "yarn", "dynamic")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 _PROBE = "The quick brown fox, aged 12, said: 'It is 5 o'clock.'\n\nNaïve?"
 
 
@@ -104,7 +105,8 @@ def load_model(
         dtype: one of ``DTYPES``; auto is the checkpoint's own.
 
     Raises:
-        CheckpointError: weights are missing, the vocabulary exceeds the model's, or its RoPE cannot be scaled.
+        CheckpointError: weights are missing, the vocabulary exceeds the model's, its RoPE cannot be scaled, or it has
+            fewer learned positions than ``max_length``.
     """
     config = load_config(spec)
     if spec.rope_scaling != "none":
@@ -128,6 +130,13 @@ def load_model(
             f"models: {spec.name}: the tokenizer has token ids up to {largest}, the model has {rows} embeddings; "
             f"this tokenizer belongs to another model."
         )
+    for name, module in model.named_modules():
+        learned = isinstance(module, torch.nn.Embedding) and name.endswith(_POSITION_EMBEDDINGS)
+        if learned and module.num_embeddings < max_length:
+            raise CheckpointError(
+                f"models: {spec.name} has learned positions up to {module.num_embeddings}, so it cannot read "
+                f"{max_length} tokens; use shorter lengths."
+            )
     return model.to(device).eval()
 
 

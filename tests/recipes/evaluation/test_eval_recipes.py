@@ -149,6 +149,7 @@ def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
         (["--tokenizer", "/nowhere/tokenizer"], "tokenizer: no usable tokenizer in /nowhere/tokenizer"),
         (["--rope_scaling", "linear"], "rope_scaling is 'linear'"),
         (["--rope_scaling", "yarn", "--rope_factor", "0.5"], "rope_factor is 0.5"),
+        (["--rope_factor", "4"], "rope_factor is 4.0, but rope_scaling is none"),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--bos", "maybe"], "bos is 'maybe'"),
         (["--depth", "3"], "--depth"),

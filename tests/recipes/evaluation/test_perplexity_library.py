@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hf_sparse_attention.evaluation.checkpoints import (
     CheckpointError,
@@ -177,6 +177,15 @@ def test_there_is_no_rope_to_scale_under_nape(asentmax_checkpoint, tokenizer, ki
     spec = CheckpointSpec("mine", str(asentmax_checkpoint), kind)
     with pytest.raises(CheckpointError, match="mine has nape positions"):
         load_model(spec, tokenizer, train_length=24, max_length=96)
+
+
+def test_learned_positions_have_an_end(tmp_path, tokenizer):
+    config = GPT2Config(vocab_size=400, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    spec = CheckpointSpec("gpt", str(tmp_path))
+    assert load_model(spec, tokenizer, train_length=32, max_length=32)
+    with pytest.raises(CheckpointError, match="gpt has learned positions up to 32, so it cannot read 33 tokens"):
+        load_model(spec, tokenizer, train_length=32, max_length=33)
 
 
 def test_specs_have_names_and_one_scaling_each():
