@@ -61,6 +61,13 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
         wide, narrow = Launch(64, warps, 1), Launch(32, warps, 1)
         return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
     if size <= 64:
+        sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(128, 8, 3)
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 4, 128), Launch(64, 4, 3))
+    if size <= 128:
+        sweep, solve, output = Launch(128, 8, 2, 128), Launch(128, 8, 2), Launch(64, 8, 3)
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3), Launch(128, 8, 1))
+    return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
+    if size <= 64:
         sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(64, 4, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3, 128), Launch(64, 4, 3))
     if size <= 128:
@@ -74,4 +81,4 @@ def decode_launch(head_dim: int, dtype: torch.dtype) -> Launch:
     if INTERPRETED:
         return Launch(16, 4, 1)
     wide = padded(head_dim) * dtype.itemsize > 256
-    return Launch(64, 4, 2) if wide else Launch(128, 4, 3)
+    return Launch(64, 4, 2 if wide else 4)
