@@ -3,8 +3,8 @@
     python recipes/benchmark_kernels.py --output_dir outputs/benchmark_kernels
 
 Medians of CUDA events. Inputs of a given share of empty tiles are made of clusters: every 256 keys share a direction,
+Medians of CUDA events. Inputs of a given share of empty tiles are made of clusters: every 256 keys share a direction and
 every 256 queries look for one; the share that results is measured and reported. AdaSplash is measured where its package
-is installed and --adasplash_lengths names the length: it tunes for minutes at each new shape. Writes
 benchmark_kernels.json, .md and .png into output_dir.
 """
 
