@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The oldest transformers that setup.cfg allows, with what was current beside it.
-OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.4.* accelerate==1.10.* peft==0.18.*
+OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.4.* accelerate==1.13.* peft==0.18.*
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
