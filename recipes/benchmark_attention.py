@@ -9,6 +9,7 @@ Medians of --repeats turns are reported. Writes benchmark_attention.json, .md an
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import sys
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 @dataclass
 class BenchmarkArguments:
     contestants: list[str] = field(
-        default_factory=lambda: ["chunked", "dense_entmax15", "sdpa"],
+        default_factory=lambda: ["chunked", "dense_entmax15", "dense_entmax15_k", "sdpa"],
         metadata={"help": f"What to compare, the first with each other one. Known: {', '.join(CONTESTANTS)}."},
     )
     lengths: list[int] = field(default_factory=lambda: [8192], metadata={"help": "Sequence lengths."})
@@ -76,6 +77,8 @@ class BenchmarkArguments:
 
 def main() -> None:
     (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
+    # Other jobs on the machine stretch wall times; who reads the results should know of them.
+    load = os.getloadavg()[0]
     results = {}
     for length in args.lengths:
         try:
@@ -86,7 +89,12 @@ def main() -> None:
     folder = Path(args.output_dir)
     settings = {**dataclasses.asdict(args), "legend": {name: CONTESTANTS[name].help for name in args.contestants}}
     record = run_record(settings, torch.device(args.device), processes=1)
-    record["machine"] = {"processor": processor(), "cpu_threads": args.threads}
+    record["machine"] = {
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "cpu_threads": args.threads,
+        "load_average_before": load,
+    }
     write_json(folder / "benchmark_attention.json", {"by_length": results, "run": record})
     tables = [table(result, length) for length, result in results.items()]
     (folder / "benchmark_attention.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
