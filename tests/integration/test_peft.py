@@ -13,6 +13,7 @@ from transformers.utils.logging import warning_once
 
 from hf_sparse_attention import (
     AlphaSchedule,
+    AlphaScheduleCallback,
     SparseAttentionTrainer,
     check_trainable,
     convert,
@@ -23,6 +24,7 @@ from hf_sparse_attention import (
     set_alpha,
 )
 from hf_sparse_attention.peft import SparseLoraConfig
+from hf_sparse_attention.training import scale_parameter_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 families = pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -224,6 +226,48 @@ class TestSettingsTravelWithTheAdapter:
         # transformers 5.4 does not load modules_to_save, and reports that.
         missing = re.search(r"length_scale\.modules_to_save\.default\.beta_proj\.weight *\| MISSING", caplog.text)
         assert missing or torch.equal(alone(loaded, ROW), expected)
+
+
+class TestTrainer:
+    def run(self, folder, resume=None):
+        torch.manual_seed(3)
+        model = tiny_model(position="nape")
+        callback = AlphaScheduleCallback(model, steps=4)
+        rows = [{"input_ids": row, "labels": row} for row in torch.arange(2, 34).view(4, 8).repeat(4, 1)]
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=6,
+            save_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=2,
+            weight_decay=0.5,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=1,
+        )
+        wrapped = get_peft_model(model, lora_config(model))
+        trainer = SparseAttentionTrainer(wrapped, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def test_checkpoints_are_adapters_and_resume(self, tmp_path):
+        whole = self.run(tmp_path)
+        losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0]
+        scale = scale_parameter_names(whole.model)
+        names = {id(p): name for name, p in whole.model.named_parameters()}
+        for group in whole.optimizer.param_groups:
+            assert group["weight_decay"] == 0 or not any(names[id(p)] in scale for p in group["params"])
+        for step, alpha in ((2, 1.25), (4, 1.5)):
+            stored = json.loads((tmp_path / f"checkpoint-{step}" / "adapter_config.json").read_text())
+            assert stored["sparse_attention"]["alpha"] == alpha
+        resumed = self.run(tmp_path, resume=str(tmp_path / "checkpoint-2"))
+        assert [e["loss"] for e in resumed.state.log_history if "loss" in e] == pytest.approx(losses, abs=1e-5)
+        for a, b in zip(resumed.model.parameters(), whole.model.parameters()):
+            torch.testing.assert_close(a, b)
 
 
 class TestConfig:
