@@ -66,14 +66,8 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
     if size <= 128:
         sweep, solve, output = Launch(128, 8, 2, 128), Launch(128, 8, 2), Launch(64, 8, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3), Launch(128, 8, 1))
-    return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
-    if size <= 64:
-        sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(64, 4, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3, 128), Launch(64, 4, 3))
-    if size <= 128:
-        sweep, solve, output = Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 2), Launch(128, 8, 1))
-    return Tiling(64, 64, 32, Launch(64, 4, 2), Launch(64, 4, 2), *[Launch(64, 8, 2)] + [Launch(64, 8, 1)] * 2)
+    score, other = Launch(64, 4, 2), Launch(64, 8, 1)
+    return Tiling(64, 64, 32, score, score, Launch(64, 8, 2), other, other)
 
 
 def decode_launch(head_dim: int, dtype: torch.dtype) -> Launch:
