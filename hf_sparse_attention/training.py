@@ -112,7 +112,8 @@ class AlphaSchedule:
         target: alpha from step ``steps`` on, in [1, 2]; None takes the model's present alpha.
         steps: length of the ramp in optimizer steps.
         start: alpha at step 0.
-        update_every: change alpha only every so many steps; a compiled model is compiled anew at each change.
+        update_every: change alpha only every so many steps. A compiled model is compiled anew at each change, and
+            ``torch._dynamo.config.recompile_limit`` (8) bounds how often.
     """
 
     def __init__(
