@@ -1,0 +1,124 @@
+"""The Triton kernels under Triton's interpreter, on the CPU, against dense attention in float64.
+
+The interpreter is chosen when Triton is imported, so the cases run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = {
+    "one query, one key": "Case(1, 1)",
+    "odd length, groups of three heads": "Case(37, 37, 3, 1, scores='sharp')",
+    "heavy tails, queries that see nothing": "Case(33, 50, scores='heavy', ranges='holes')",
+    "huge scores": "Case(35, 35, 1, scores='huge')",
+    "equal scores, left padding": "Case(40, 40, 1, batch=2, dtype=torch.float16, scores='equal', ranges='padded')",
+    "sparsemax, packed documents": "Case(40, 40, 2, alpha=2.0, ranges='packed', scale=True, slopes=True)",
+    "any alpha, window, head dimension 20 and values of 12": "Case(35, 35, 1, 1, 20, 12, alpha=1.3, ranges='window')",
+    "given positions, more keys than queries": "Case(20, 50, 2, scores='needle', slopes=True, positions=True)",
+    "softmax, scale and slopes": "Case(35, 50, 2, alpha=1.0, ranges='holes', scale=True, slopes=True)",
+}
+DECODE_CASES = {
+    "one query": "Case(1, 70, 4, 2)",
+    "sparsemax, padding, scale and slopes": "Case(3, 77, 3, 1, 24, 40, batch=2, alpha=2.0, ranges='padded', "
+    "scale=True, slopes=True)",
+    "softmax": "Case(2, 50, alpha=1.0, scale=True, slopes=True)",
+    "queries that see nothing": "Case(5, 50, alpha=1.3, scores='sharp', ranges='holes')",
+}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or sys.platform != "linux", reason="needs the package triton"
+)
+
+
+def interpret(code: str) -> None:
+    """Run code in a process whose Triton interprets its kernels."""
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::RuntimeWarning",
+        "-c",
+        "import torch\nfrom triton_cases import *\n" + code,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_forward_and_gradients_match_dense():
+    interpret("\n".join(f"check_against_dense({case})" for case in CASES.values()))
+
+
+def test_decode_matches_dense():
+    interpret("\n".join(f"check_decode_against_dense({case})" for case in DECODE_CASES.values()))
+
+
+def test_operators_fulfil_their_contract():
+    """Schemas, fake kernels and gradients as torch.library checks them."""
+    interpret(
+        """
+from hf_sparse_attention.ops.triton.operator import decode_op, forward_op
+case = Case(20, 20, 2, 1, scale=True, slopes=True)
+i = make_inputs(case)
+arguments = (i.query, i.key, i.value, i.query_scale, i.slopes, i.key_start, i.key_end, None, 1.5, 0.25)
+torch.library.opcheck(forward_op, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
+torch.library.opcheck(decode_op, tuple(a.detach() if torch.is_tensor(a) else a for a in arguments),
+                      test_utils=("test_schema", "test_faketensor"))
+"""
+    )
+
+
+def test_reruns_are_bit_identical_and_empty_inputs_work():
+    interpret(
+        """
+case = Case(35, 35, 2, 1, scores='sharp', scale=True)
+inputs = make_inputs(case)
+for first, second in zip(run_kernels(case, inputs), run_kernels(case, inputs)):
+    assert torch.equal(first, second)
+for empty in (Case(0, 5), Case(5, 0), Case(5, 5, batch=0)):
+    inputs = make_inputs(empty)
+    inputs.key_start = torch.zeros(1, empty.q_len, dtype=torch.int32)
+    inputs.key_end = torch.full((1, empty.q_len), empty.k_len, dtype=torch.int32)
+    assert all(not tensor.any() for tensor in run_kernels(empty, inputs))
+"""
+    )
+
+
+def test_nan_in_a_query_is_not_hidden():
+    interpret(
+        """
+case = Case(20, 20, 1)
+inputs = make_inputs(case)
+with torch.no_grad():
+    inputs.query[0, 0, 7] = float("nan")
+output = run_forward(case, inputs)
+assert output[0, 0, 7].isnan().all() and not output[0, 0, :7].isnan().any()
+"""
+    )
+
+
+def test_reasons_name_what_is_not_supported():
+    interpret(
+        """
+from hf_sparse_attention.ops.triton import unsupported_reason
+make = lambda dim, dtype: torch.zeros(1, 1, 2, dim, dtype=dtype)
+for tensor, alpha, part in (
+    (make(16, torch.float64), 1.5, "float64"),
+    (make(300, torch.float32), 1.5, "300"),
+    (make(16, torch.float32), 1.0005, "1.0005"),
+):
+    assert part in unsupported_reason(tensor, tensor, tensor, alpha)
+assert unsupported_reason(make(16, torch.float32), make(16, torch.float32), make(16, torch.float32), 1.5) is None
+"""
+    )
