@@ -53,7 +53,8 @@ class KernelBenchmarkArguments:
     heads: int = field(default=16, metadata={"help": "Query heads, fewer above --tokens tokens."})
     tokens: int = field(default=16384, metadata={"help": "Batch times length times heads / --heads."})
     flex_lengths: list[int] = field(default_factory=lambda: [16384], metadata={"help": "Lengths with FlexAttention."})
-    adasplash_lengths: list[int] = field(default_factory=list, metadata={"help": "Lengths with AdaSplash 1 and 2."})
+    adasplash_lengths: list[int] = field(default_factory=list, metadata={"help": "Lengths with AdaSplash."})
+    adasplash_versions: list[int] = field(default_factory=lambda: [2], metadata={"help": "Versions: 1, 2."})
     sections: list[str] = field(
         default_factory=lambda: ["first_call", "training", "nape", "memory", "decode"],
         metadata={"help": "What to measure: first_call, training, nape, memory, decode."},
@@ -139,8 +140,8 @@ def contestants(args: KernelBenchmarkArguments, length: int) -> dict[str, Callab
     if length in args.flex_lengths:
         found["FlexAttention (softmax)"] = flex()
     if length in args.adasplash_lengths:
-        found["AdaSplash-2 (entmax 1.5)"] = adasplash(2)
-        found["AdaSplash-1 (entmax 1.5)"] = adasplash(1)
+        for version in args.adasplash_versions:
+            found[f"AdaSplash-{version} (entmax 1.5)"] = adasplash(version)
     if length <= 1024:
         found["dense entmax15"] = dense
     return found
