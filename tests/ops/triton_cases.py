@@ -118,7 +118,8 @@ def make_ranges(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]
         return document * length, torch.minimum(own + 1, (document + 1) * length)
     if case.ranges == "padded":
         padding = torch.arange(case.batch)[:, None] * (case.k_len // 3)
-        return padding + nothing, torch.maximum(own + 1, padding)
+        # A start per sequence, one end for all.
+        return padding + nothing, own + 1
     if case.ranges == "holes":
         # Rows that see nothing at all, one key, or a random stretch.
         low = torch.randint(0, case.k_len, own.shape, generator=generator)

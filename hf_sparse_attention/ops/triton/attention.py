@@ -70,10 +70,23 @@ def triton_attention(
         value = pad(value, (0, -value_dim % 8))
     inputs = [query, key, value, *(t for t in (query_scale, slopes) if t is not None)]
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    rows = [None if t is None else t.to(torch.int32).contiguous() for t in (key_start, key_end, query_positions)]
-    key_start, key_end = torch.broadcast_tensors(*rows[:2]) if rows[0].shape != rows[1].shape else rows[:2]
-    query_scale = None if query_scale is None else query_scale.contiguous()
-    arguments = (query, key, value, query_scale, slopes, key_start, key_end, rows[2], float(alpha), float(scaling))
+    # The kernels read both ranges with one stride.
+    key_start, key_end = (t.to(torch.int32).contiguous() for t in torch.broadcast_tensors(key_start, key_end))
+    if query_positions is not None:
+        query_positions = query_positions.to(torch.int32).contiguous()
+    query_scale, slopes = (None if t is None else t.contiguous() for t in (query_scale, slopes))
+    arguments = (
+        query,
+        key,
+        value,
+        query_scale,
+        slopes,
+        key_start,
+        key_end,
+        query_positions,
+        float(alpha),
+        float(scaling),
+    )
     group_rows = query.shape[1] // key.shape[1] * query.shape[2]
     if not training and query.shape[2] <= _DECODE_QUERIES and group_rows <= _DECODE_ROWS:
         out = decode_op(*arguments)
