@@ -41,16 +41,11 @@ def _kind(alpha: float) -> int:
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor itself when kernels can read it by 16 bytes, else a contiguous copy."""
     strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1]
-    if (
-        tensor.stride(-1) == 1
-        and all(stride % ALIGNMENT.value == 0 for stride in strides)
-        and tensor.data_ptr() % 16 == 0
-    ):
-        return tensor
+    # Offsets within a tile of rows are 32-bit.
+    near = tensor.shape[-2] == 1 or tensor.stride(-2) < 2**22
+    aligned = all(stride % ALIGNMENT.value == 0 for stride in strides) and tensor.data_ptr() % 16 == 0
     return (
-        tensor.contiguous(memory_format=torch.contiguous_format).clone()
-        if tensor.is_contiguous()
-        else tensor.contiguous()
+        tensor if near and aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
     )
 
 
