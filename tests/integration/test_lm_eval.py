@@ -75,9 +75,9 @@ def checkpoint(tmp_path):
 
 
 def assert_equal(scores, expected):
-    choices = [[value for value, _ in document] for document in scores["choice"]]
-    flat = [torch.tensor(sum(values, [])) for values in (choices, expected["choice"])]
-    torch.testing.assert_close(*flat, atol=1e-4, rtol=1e-5)
+    choices = [value for document in scores["choice"] for value, _ in document]
+    expected_choices = [value for document in expected["choice"] for value in document]
+    torch.testing.assert_close(torch.tensor(choices), torch.tensor(expected_choices), atol=1e-4, rtol=1e-5)
     rolling = torch.tensor(scores["rolling"]).flatten()
     torch.testing.assert_close(rolling, torch.tensor(expected["rolling"]), atol=1e-4, rtol=1e-5)
 
