@@ -45,6 +45,10 @@ def main() -> None:
     (args,) = parse_arguments(QuickstartArguments, description=__doc__.splitlines()[0])
     began = time.monotonic()
     output = Path(args.output_dir).resolve()
+    os.chdir(ROOT)
+    if output.is_relative_to(ROOT):
+        # The commands that are shown and stored in the results then work in any checkout.
+        output = output.relative_to(ROOT)
     output.mkdir(parents=True, exist_ok=True)
     steps = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
 
