@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
@@ -113,7 +114,8 @@ def sparse_attention_forward(
         The output (B, Q, heads, D_v), contiguous, and the weights (B, heads, Q, K) if ``output_attentions`` or None.
 
     Raises:
-        ValueError: the layer was not given sparse attention, or a keyword or mask is not supported.
+        ValueError: the layer was not given sparse attention, a keyword or mask is not supported, or the sequence is
+            divided between processes.
     """
     settings = _settings(module)
     coefficients = kwargs.pop(_LENGTH_SCALE, None)
@@ -124,6 +126,7 @@ def sparse_attention_forward(
             f"{settings.preset!r}), or load the model with attn_implementation={settings.preset!r}."
         )
     _check_keywords(kwargs, settings.preset)
+    _refuse_context_parallel(settings.preset)
     if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             "cu_seq_lens_k differs from cu_seq_lens_q; only self-attention over packed rows is supported."
@@ -203,6 +206,18 @@ def _check_keywords(kwargs: dict[str, Any], preset: str) -> None:
                 f"attn_implementation={preset!r} does not support the keyword {name!r} that the model passes to its "
                 "attention; use attn_implementation='eager' for this model or do not pass it."
             )
+
+
+def _refuse_context_parallel(preset: str) -> None:
+    """torch's context parallelism replaces SDPA; other attention would see only the keys of its own process."""
+    if torch.compiler.is_compiling():
+        return
+    owner = getattr(F.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
+    if owner.startswith("torch.distributed.tensor.experimental"):
+        raise ValueError(
+            f"attn_implementation={preset!r} cannot be computed under context parallelism, which divides sequences "
+            "for torch's own SDPA only. Use FSDP2 with activation checkpointing, or tensor parallelism."
+        )
 
 
 def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor) -> Tensor | None:
