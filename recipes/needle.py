@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from hf_sparse_attention.evaluation.plots import plot_needles
 from hf_sparse_attention.evaluation.report import format_table, run_record, write_json
 from hf_sparse_attention.metrics.needle_recall.needle_recall import NeedleRecall
 
-BUNDLED_ESSAYS = Path(__file__).parent / "data" / "haystack.txt"
+BUNDLED_ESSAYS = os.path.relpath(Path(__file__).parent / "data" / "haystack.txt")
 
 
 @dataclass
