@@ -78,7 +78,7 @@ class NeedleArguments:
         default="auto", metadata={"help": "BOS as first token: yes, no, or auto (if the tokenizer adds one itself)."}
     )
     haystack: list[str] = field(
-        default_factory=lambda: [str(BUNDLED_ESSAYS)],
+        default_factory=lambda: [BUNDLED_ESSAYS],
         metadata={"help": "Essays: text files or one data set of the Hub. Default: the bundled excerpt of Emerson."},
     )
     cache_dir: str = field(
