@@ -53,6 +53,14 @@ def test_files_that_readme_names_exist(name):
     assert (ROOT / name).is_file()
 
 
+def test_first_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], variables)
+    assert variables["model"].config._attn_implementation == "asentmax"
+    assert variables["model"].config.sparse_attention["position_encoding"] == "nape"
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
     assert links

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, alone, assert_same, packed, padded, prompts, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from hf_sparse_attention import PRESETS
 
@@ -33,6 +33,12 @@ def check_batches(model):
             "max_length_q": 13,
             "max_length_k": 13,
         }
+        collated = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")(
+            [{"input_ids": row.tolist()} for row in rows]
+        )
+        logits = model(**{name: value for name, value in collated.items() if name != "labels"}).logits[0]
+        assert_same(logits, torch.cat(expected), "packed by the flattening collator")
+        assert_same(model(ids, **flattened).logits[0], torch.cat(expected), "packed, cu_seq_lens alone")
         ways = {
             "position_ids": {"use_cache": False},
             "position_ids with a cache": {"use_cache": True},
