@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ def visibility(
         document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
         return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
     generated = getattr(attention_mask, _GENERATED, False) or torch.compiler.is_compiling()
-    return _memoised(
+    rows = _memoised(
         (attention_mask, position_ids, cu_seqlens, seq_idx),
         lambda: _with_mask(attention_mask, query, num_keys, generated, position_ids, cu_seqlens, seq_idx),
     )
+    return replace(rows, attention_mask=attention_mask) if rows.attention_mask is rows.key_start is None else rows
 
 
 def check_boundaries(
@@ -97,7 +98,7 @@ def has_packed_documents(attention_mask: Tensor | None, position_ids: Tensor) ->
     """Whether two visible neighbours of some row belong to different documents (reads the device once)."""
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if attention_mask is not None:
-        slots = _last_visible(_as_bool(attention_mask, None))
+        slots = _last_visible(_as_bool(attention_mask))
         restarts = restarts & (slots[:, 1:] > slots[:, :-1]) & (slots[:, :-1] >= 0)
     return bool(restarts.any())
 
@@ -142,7 +143,7 @@ def _with_mask(
         raise ValueError(
             f"attention_mask has shape {shape}; expected ({batch} or 1, {heads} or 1, {num_queries}, {num_keys})."
         )
-    mask = _as_bool(attention_mask, query.dtype)
+    mask = _as_bool(attention_mask)
     slots = _last_visible(mask)
     if generated:
         mask = _separate_documents(mask, slots, position_ids, cu_seqlens, seq_idx)
@@ -155,7 +156,9 @@ def _with_mask(
     visible = mask.any(dim=1).any(dim=1)
     key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
     query_positions = key_positions.gather(-1, slots.clamp(min=0))
-    return Visibility(mask, None, None, counts, query_positions, key_positions)
+    # A mask that is right as it was given is not kept on itself: that cycle would hold its memory.
+    own = None if mask is attention_mask else mask
+    return Visibility(own, None, None, counts, query_positions, key_positions)
 
 
 def _separate_documents(
@@ -224,7 +227,7 @@ def _last_visible(mask: Tensor) -> Tensor:
     return torch.where(rows.any(-1), last, torch.full_like(last, -1))
 
 
-def _as_bool(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _as_bool(mask: Tensor) -> Tensor:
     """A user's float mask as bool: 0 is visible, a large negative number or -inf hidden, anything else refused."""
     if mask.dtype == torch.bool:
         return mask

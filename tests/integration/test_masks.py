@@ -1,0 +1,89 @@
+"""Row visibility from transformers' arguments: ranges where they suffice, one computation per forward, no cycles."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from hf_sparse_attention.masks import sparse_attention_mask, visibility
+
+QUERY = torch.zeros(1, 2, 6, 4)
+NOTHING = {"is_causal": True, "sliding_window": None, "position_ids": None, "cu_seqlens": None, "seq_idx": None}
+
+
+def generated(padding):
+    """The mask that transformers makes for one row of 6 tokens with this padding."""
+    return sparse_attention_mask(
+        batch_size=1, q_length=6, kv_length=6, attention_mask=torch.tensor([padding]).bool(), device="cpu"
+    )
+
+
+def test_padding_becomes_ranges():
+    rows = visibility(generated([0, 0, 1, 1, 1, 1]), QUERY, 6, **NOTHING)
+    assert rows.attention_mask is None
+    assert rows.key_end[0, 2:].tolist() == [3, 4, 5, 6]
+    assert rows.key_start[0, 2:].tolist() == [2] * 4
+    assert rows.visible_keys[0, 0].tolist() == [0, 0, 1, 2, 3, 4]
+
+
+def test_holes_keep_the_mask_and_count_tokens():
+    mask = generated([1, 1, 0, 0, 1, 1])
+    rows = visibility(mask, QUERY, 6, **NOTHING)
+    assert rows.attention_mask is mask
+    assert rows.visible_keys[0, 0].tolist() == [1, 2, 2, 2, 3, 4]
+    assert rows.query_positions[0, 4:].tolist() == [2, 3]
+    assert rows.key_positions[0].tolist() == [0, 1, 1, 1, 2, 3]
+
+
+def test_every_layer_is_handed_the_same_rows_until_the_mask_changes():
+    mask = generated([0, 1, 1, 1, 1, 1])
+    first = visibility(mask, QUERY, 6, **NOTHING)
+    assert visibility(mask, QUERY, 6, **NOTHING) is first
+    mask[0, 0, :, 1] = False
+    assert visibility(mask, QUERY, 6, **NOTHING).visible_keys[0, 0].tolist() == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("padding", [[0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]], ids=["ranges", "holes"])
+def test_a_mask_is_freed_with_its_last_user(padding):
+    gc.disable()
+    try:
+        mask = generated(padding)
+        visibility(mask, QUERY, 6, **NOTHING)
+        alive = weakref.ref(mask)
+        del mask
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        mask = generated([0, 1, 1, 1, 1, 1])
+        positions = torch.arange(6)[None]
+        rows = visibility(mask, QUERY, 6, **{**NOTHING, "position_ids": positions})
+    assert rows.visible_keys[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "expected"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0]])}, [0, 0, 2, 2, 2, 5]),
+        ({"cu_seqlens": torch.tensor([0, 2, 5, 6])}, [0, 0, 2, 2, 2, 5]),
+        ({"seq_idx": torch.tensor([[0, 0, 1, 1, 1, 2]])}, [0, 0, 2, 2, 2, 5]),
+        ({"position_ids": torch.tensor([[7, 8, 9, 10, 11, 12]])}, [0, 0, 0, 0, 0, 0]),
+    ],
+    ids=["position_ids", "cu_seqlens", "seq_idx", "one document from position 7"],
+)
+@pytest.mark.parametrize("window", [None, 2])
+def test_document_starts(boundaries, expected, window):
+    rows = visibility(None, QUERY, 6, **{**NOTHING, **boundaries, "sliding_window": window})
+    starts = [max(s, i + 1 - (window or 6)) for i, s in enumerate(expected)]
+    assert rows.key_start[0].tolist() == starts
+    assert rows.visible_keys[0, 0].tolist() == [i + 1 - s for i, s in enumerate(starts)]
+
+
+def test_packed_documents_without_causality_are_refused():
+    arguments = {**NOTHING, "is_causal": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with pytest.raises(ValueError, match="packed documents with bidirectional attention"):
+        visibility(None, QUERY, 6, **arguments)
