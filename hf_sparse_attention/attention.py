@@ -210,14 +210,17 @@ def _check_keywords(kwargs: dict[str, Any], preset: str) -> None:
 
 def _refuse_context_parallel(preset: str) -> None:
     """torch's context parallelism replaces SDPA; other attention would see only the keys of its own process."""
-    if torch.compiler.is_compiling():
-        return
-    owner = getattr(F.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
-    if owner.startswith("torch.distributed.tensor.experimental"):
+    if _is_context_parallel():
         raise ValueError(
             f"attn_implementation={preset!r} cannot be computed under context parallelism, which divides sequences "
             "for torch's own SDPA only. Use FSDP2 with activation checkpointing, or tensor parallelism."
         )
+
+
+@torch.compiler.assume_constant_result
+def _is_context_parallel() -> bool:
+    owner = getattr(F.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
+    return owner.startswith("torch.distributed.tensor.experimental")
 
 
 def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor) -> Tensor | None:

@@ -18,12 +18,14 @@ def mesh():
     distributed.destroy_process_group()
 
 
-def test_context_parallelism(mesh):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_context_parallelism(mesh, compiled):
     model, ids = tiny_model(), torch.stack(prompts(8))
     expected = model(ids, use_cache=False).logits
     refusal = pytest.raises(ValueError, match=r"'asentmax' cannot be computed under context parallelism.*FSDP2")
     with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]), refusal:
-        model(ids, use_cache=False)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run(ids, use_cache=False)
     assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
