@@ -139,7 +139,9 @@ def _with_mask(
     batch, heads, num_queries, _ = query.shape
     expected = (batch, heads, num_queries, num_keys)
     shape = tuple(attention_mask.shape)
-    if len(shape) != 4 or any(s not in (1, e) for s, e in zip(shape[:2], expected[:2])) or shape[2:] != expected[2:]:
+    # Compared one by one: torch.compile gets `in` wrong for symbolic sizes.
+    wrong = len(shape) != 4 or any(s != 1 and s != e for s, e in zip(shape[:2], expected[:2]))
+    if wrong or shape[2:] != expected[2:]:
         raise ValueError(
             f"attention_mask has shape {shape}; expected ({batch} or 1, {heads} or 1, {num_queries}, {num_keys})."
         )

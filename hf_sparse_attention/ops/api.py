@@ -206,7 +206,7 @@ def _check_optional_tensors(
         if tensor is not None:
             _check_tensor(name, tensor, query)
             _check_integers(name, tensor)
-            if tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != length:
+            if tensor.dim() != 2 or (tensor.shape[0] != 1 and tensor.shape[0] != batch) or tensor.shape[1] != length:
                 allowed = _shape((1, length)) if batch == 1 else f"{_shape((batch, length))} or {_shape((1, length))}"
                 raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: {allowed}.")
     for name, tensor in (("query_positions", query_positions), ("key_positions", key_positions)):
@@ -221,7 +221,8 @@ def _check_optional_tensors(
             )
         full = (batch, query_heads, query_length, key_length)
         sizes = tuple(attention_mask.shape)
-        if len(sizes) > 4 or any(size not in (1, limit) for size, limit in zip(sizes[::-1], full[::-1])):
+        # Compared one by one: torch.compile gets `in` wrong for symbolic sizes.
+        if len(sizes) > 4 or any(s != 1 and s != limit for s, limit in zip(sizes[::-1], full[::-1])):
             raise ValueError(
                 f"attention_mask has shape {_shape(attention_mask)}; allowed: broadcastable to {_shape(full)}."
             )
