@@ -13,9 +13,9 @@ from .config import PRESETS, SparseAttentionConfig
 from .conversion import text_config
 from .length_scale import SCALE_MODULES, warn_frozen
 
-# Vectors and norms are not decayed, as in transformers.Trainer.
 # PEFT keeps a frozen original and one copy per adapter of a module in modules_to_save.
 _PEFT_COPY = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
+# Vectors and norms are not decayed, as in transformers.Trainer.
 _UNDECAYED_NAME = re.compile(r"bias|(?:^|[._])(?:layer|rms)?norm", re.IGNORECASE)
 
 
