@@ -37,13 +37,35 @@ class Visibility:
 def sparse_attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask function registered for the presets: None or bool (B, 1, Q, K), as for SDPA.
 
-    The mask is marked as made by transformers from padding: document boundaries may be missing in it. A mask that the
-    user made is complete and carries no mark.
+    None wherever causality, a sliding window and packed documents say everything: :func:`visibility` knows them by
+    itself, and a mask takes memory with the square of the length. A mask is marked as made by transformers from
+    padding: document boundaries are missing in it. A mask that the user made is complete and carries no mark.
     """
+    if _is_causal_only(**kwargs):
+        if kwargs.get("attention_mask") is None:
+            return None
+        kwargs["local_size"] = None
     mask = sdpa_mask(*args, **kwargs)
     if mask is not None and not torch.compiler.is_compiling():
         setattr(mask, _GENERATED, True)
     return mask
+
+
+def _is_causal_only(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether queries are all keys, and see the earlier ones, perhaps in the config's sliding window, but for padding.
+
+    ``allow_is_causal_skip`` is False for masks of other forms.
+    """
+    is_plain = allow_is_causal_skip and local_size in (None, getattr(config, "sliding_window", None))
+    return is_plain and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
 
 
 def visibility(

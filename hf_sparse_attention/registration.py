@@ -1,8 +1,9 @@
 """Registers the presets with transformers and teaches model construction, loading and saving about them.
 
-Six methods of transformers are wrapped, each once and each acting only on configs that ask for a preset:
-``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
-``PreTrainedModel.post_init`` and ``_initialize_weights``, and ``GenerationMixin.init_continuous_batching``.
+Six methods and a function of transformers are wrapped, each once and each acting only on configs that ask for a
+preset: ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
+``PreTrainedModel.post_init`` and ``_initialize_weights``, ``GenerationMixin.init_continuous_batching``, and
+``masking_utils._preprocess_mask_arguments``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import CONFIG_NAME, logging
@@ -54,6 +55,9 @@ def register() -> None:
         setattr(PreTrainedModel, name, _wrapped(getattr(PreTrainedModel, name), wrapper))
     GenerationMixin.init_continuous_batching = _wrapped(
         GenerationMixin.init_continuous_batching, _init_continuous_batching
+    )
+    masking_utils._preprocess_mask_arguments = _wrapped(
+        masking_utils._preprocess_mask_arguments, _preprocess_mask_arguments
     )
 
 
@@ -171,3 +175,19 @@ def _init_continuous_batching(original: Callable, self: PreTrainedModel, *args: 
             "Use model.generate with a left-padded batch; with sdpa or eager the model would compute other attention."
         )
     return original(self, *args, **kwargs)
+
+
+def _preprocess_mask_arguments(
+    original: Callable,
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_ids: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple:
+    """Packed documents need no mask of length x length: attention reads their boundaries from the position ids."""
+    if config._attn_implementation in PRESETS:
+        position_ids = None
+    return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
