@@ -13,12 +13,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
-from pretrain import run_and_exit, save_model
+from pretrain import run_and_exit
 from pretrain_options import DataOptions, ModelOptions, RunOptions
+from pretrain_results import save_model
 from pretrain_setup import build_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +35,8 @@ ADAPTER = "adapter"
 @dataclass
 class FinetuneOptions(ModelOptions):
     """Which checkpoint is given which attention, and what of it is trained."""
+
+    FIXED: ClassVar[tuple[str, ...]] = (*ModelOptions.FIXED, "lora_rank", "lora_alpha", "lora_targets", "lora_dora")
 
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA matrices; 0: train all parameters"})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scaling x rank; default: twice the rank"})

@@ -23,15 +23,21 @@ from typing import Any
 
 import accelerate
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
-from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pretrain_options import DataOptions, ModelOptions, RunOptions
-from pretrain_setup import build_model, make_tokenizer, training_rows, validation_rows
+from pretrain_results import model_card, push, save_model
+from pretrain_setup import (
+    build_model,
+    check_same_model,
+    make_tokenizer,
+    model_fields,
+    training_rows,
+    validation_rows,
+)
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -47,8 +53,7 @@ from hf_sparse_attention.checkpoints import (
     remove_old,
     write_checkpoint,
 )
-from hf_sparse_attention.data import DataError, collate_rows, is_local, load_documents
-from hf_sparse_attention.modelcard import Measurement, create_model_card
+from hf_sparse_attention.data import DataError, collate_rows, load_documents
 from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
 
 IGNORED_LABEL = -100
@@ -166,7 +171,7 @@ def train(
         validation = validation_rows(tokenizer, data_options)
     rows = training_rows(documents, tokenizer, data_options, options.seed)
     model = make_model(model_options, tokenizer, data_options.length)
-    parameters = model.num_parameters()
+    parameters, fields = model.num_parameters(), model_fields(model, model_options)
 
     groups = hf_sparse_attention.parameter_groups(
         model, options.weight_decay, options.learning_rate, options.scale_lr_multiplier
@@ -185,8 +190,9 @@ def train(
     step, tokens, evaluation, pending = 0, 0, {}, []
     if checkpoint is not None:
         state = read_state(checkpoint)
-        restore(accelerator, checkpoint, optimizer, state["step"])
         rows.load_state_dict(state["data"])
+        check_same_model(fields, state["model"], checkpoint)
+        restore(accelerator, checkpoint, optimizer, state["step"])
         step, tokens, evaluation = state["step"], state["tokens"], state["evaluation"]
         pending = state["pending_losses"]
         for group, own in zip(optimizer.param_groups, group_settings, strict=True):
@@ -202,10 +208,11 @@ def train(
         accelerator.init_trackers(options.project, {name: str(value) for name, value in settings.items()})
 
     def save(name: str, data: dict[str, Any]) -> None:
+        progress = {"step": step, "tokens": tokens, "evaluation": evaluation, "pending_losses": log.pending}
         write_checkpoint(
             output / name,
             lambda folder: accelerator.save_state(str(folder)),
-            {"step": step, "tokens": tokens, "evaluation": evaluation, "pending_losses": log.pending, "data": data},
+            {**progress, "data": data, "model": fields},
             is_main=accelerator.is_main_process,
             wait=accelerator.wait_for_everyone,
         )
@@ -331,80 +338,6 @@ def evaluate(
     model.train()
     loss = accelerator.reduce(total, "sum").item()
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_labels": labels}
-
-
-def save_model(
-    accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
-) -> list[str]:
-    """Write model and tokenizer to the output folder, each file whole or not at all; returns the file names."""
-    state_dict = accelerator.get_state_dict(model)
-    if not accelerator.is_main_process:
-        return []
-
-    def write(folder: Path) -> None:
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
-
-    return replace_files(output, write)
-
-
-def model_card(
-    script: str,
-    config: transformers.PreTrainedConfig,
-    parameters: int,
-    evaluation: dict[str, float],
-    tokens: int,
-    model_options: ModelOptions,
-    data_options: DataOptions,
-    options: RunOptions,
-) -> ModelCard:
-    results = []
-    if evaluation:
-        name = ", ".join(Path(source).name for source in data_options.validation_data)
-        described = f"{name}, rows of {data_options.length} tokens"
-        results.append(Measurement("perplexity", evaluation["eval_perplexity"], described, f"recipes/{script}"))
-    hub_data = [source for source in data_options.train_data if not is_local(source)]
-    base = model_options.model_name_or_path
-    return create_model_card(
-        config,
-        repo_id=options.hub_model_id or options.output_dir,
-        parameters=parameters,
-        training_length=data_options.length,
-        results=results,
-        datasets=hub_data,
-        base_model=base if base and not is_local(base) else None,
-        training={
-            "data": [source if source in hub_data else Path(source).name for source in data_options.train_data],
-            "retrieval rows": data_options.retrieval_fraction or None,
-            "tokens": tokens,
-            "steps": options.max_steps,
-            "rows per step": options.batch_size,
-            "learning rate": options.learning_rate,
-            "schedule": options.schedule,
-            "warmup steps": options.warmup_steps,
-            "weight decay": options.weight_decay,
-            "seed": options.seed,
-            "alpha steps": model_options.alpha_steps or None,
-            "LoRA rank": getattr(model_options, "lora_rank", None) or None,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "hf_sparse_attention": hf_sparse_attention.__version__,
-        },
-    )
-
-
-def push(output: Path, files: list[str], options: RunOptions) -> None:
-    """Upload the files in one commit."""
-    api = HfApi()
-    try:
-        api.create_repo(options.hub_model_id, private=options.hub_private, exist_ok=True)
-        api.upload_folder(
-            repo_id=options.hub_model_id, folder_path=output, allow_patterns=files, commit_message="Trained model"
-        )
-    except Exception as error:  # connection errors have the types of the HTTP library
-        raise CheckpointError(
-            f"{options.hub_model_id}: could not be pushed ({error}); the model is in {output}"
-        ) from error
 
 
 if __name__ == "__main__":

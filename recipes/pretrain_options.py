@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_sparse_attention.arguments import ArgumentError, parse_mapping
 
@@ -16,6 +16,9 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 @dataclass
 class ModelOptions:
     """Where the model comes from and which attention it has."""
+
+    # What a continued run must be given again, beside the fields of the model's config.
+    FIXED: ClassVar[tuple[str, ...]] = ("model_name_or_path", "tokenizer")
 
     model_config: str | None = field(
         default=None, metadata=_help("train from scratch: YAML or JSON file with the architecture")

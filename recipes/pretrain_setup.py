@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from hf_sparse_attention.arguments import ArgumentError, load_yaml
 from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, train_tokenizer
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, make_training_rows
 from hf_sparse_attention.loading import check_finite, naming_broken_files
+
+# Fields of a config that do not change what the model computes.
+_FREE_FIELDS = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "sparse_attention.backend",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def make_tokenizer(documents: Any, options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -80,6 +93,39 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, lengt
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def model_fields(model: torch.nn.Module, options: ModelOptions) -> dict[str, Any]:
+    """What a run keeps when it is continued: the fields of the model's config, and the fixed options.
+
+    Returns:
+        JSON values by name, those of ``sparse_attention`` as ``sparse_attention.alpha`` and so on.
+    """
+    fields = model.config.to_dict()
+    settings = fields.pop("sparse_attention", None) or {}
+    fields |= {f"sparse_attention.{name}": value for name, value in settings.items()}
+    fields["attn_implementation"] = model.config._attn_implementation
+    for name in options.FIXED:
+        value = getattr(options, name)
+        is_folder = isinstance(value, str) and Path(value).is_dir()
+        fields[name] = str(Path(value).resolve()) if is_folder else value
+    return json.loads(json.dumps({name: value for name, value in fields.items() if name not in _FREE_FIELDS}))
+
+
+def check_same_model(fields: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue another model than the one that the checkpoint holds.
+
+    Raises:
+        ArgumentError: naming the fields and options that differ.
+    """
+    # A field in only one of them is one that another version of transformers does not have.
+    differing = [
+        f"{name} is {fields[name]!r}, not {saved[name]!r}"
+        for name in sorted(fields.keys() & saved.keys())
+        if fields[name] != saved[name]
+    ]
+    if differing:
+        raise ArgumentError(f"{', '.join(differing)} as in {checkpoint}: a run goes on with the model it began with")
 
 
 def training_rows(

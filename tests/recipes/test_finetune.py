@@ -109,6 +109,40 @@ def test_resumed_run_ends_as_the_undisturbed_one(tuned, finetune, tmp_path):
     assert torch.equal(logits(load(output)), logits(load(tuned)))
 
 
+OTHER_ADAPTERS = {
+    "rank": ({"lora_rank": 8}, "lora_rank is 8, not 4"),
+    "none": ({"lora_rank": 0}, "lora_rank is 0, not 4"),
+    "scaling": ({"lora_alpha": 5}, "lora_alpha is 5.0, not None"),
+    "layers": ({"lora_targets": ["q_proj"]}, "lora_targets is ['q_proj'], not None"),
+    "DoRA": ({"lora_dora": True}, "lora_dora is True, not False"),
+    "preset": ({"attn_implementation": "entmax"}, "attn_implementation is 'entmax', not 'asentmax'"),
+    "alpha": ({"sparse_attention": {"alpha": 2}}, "sparse_attention.alpha is 2.0, not 1.5"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_ADAPTERS.values(), ids=OTHER_ADAPTERS)
+def test_a_run_does_not_go_on_with_another_adapter(tuned, finetune, tmp_path, capsys, changes, message):
+    output = tmp_path / "run"
+    shutil.copytree(tuned, output)
+    with pytest.raises(SystemExit) as stop:
+        finetune(output, resume="latest", max_steps=40, **changes)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("finetune.py: error: ")
+    assert message in error
+    assert read_metrics(output) == read_metrics(tuned)
+
+
+def test_a_run_does_not_go_on_from_another_checkpoint(tuned, finetune, softmax_checkpoint, tmp_path, capsys):
+    """Its weights are in the run's own checkpoints, but the merged model is made from the folder that is given."""
+    other, output = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(softmax_checkpoint, other)
+    shutil.copytree(tuned, output)
+    with pytest.raises(SystemExit):
+        finetune(output, resume="latest", model_name_or_path=str(other))
+    assert f"model_name_or_path is '{other}', not '{softmax_checkpoint}'" in capsys.readouterr().err
+
+
 def test_dora_on_chosen_layers(finetune, tmp_path):
     output = finetune(tmp_path / "run", lora_dora=True, lora_targets=["q_proj", "o_proj"], max_steps=2)
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())

@@ -1,6 +1,7 @@
 """Options from YAML and flags: what is wrong is named, nothing is silently ignored."""
 
 import contextlib
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -147,13 +148,14 @@ def test_schedules():
 
 def test_every_option_has_help():
     for dtype in (ModelOptions, DataOptions, RunOptions):
-        for name, entry in dtype.__dataclass_fields__.items():
-            assert len(entry.metadata["help"]) > 3, name
+        for entry in dataclasses.fields(dtype):
+            assert len(entry.metadata["help"]) > 3, entry.name
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.dates())
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3))
-names = st.sampled_from([*ModelOptions.__dataclass_fields__, *RunOptions.__dataclass_fields__]) | st.text(max_size=9)
+FIELDS = [entry.name for dtype in (ModelOptions, DataOptions, RunOptions) for entry in dataclasses.fields(dtype)]
+names = st.sampled_from(FIELDS) | st.text(max_size=9)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

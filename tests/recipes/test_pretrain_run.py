@@ -12,7 +12,7 @@ import signal
 import pretrain as recipe
 import pytest
 import torch
-from tiny_run import read_metrics
+from tiny_run import TINY_MODEL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.checkpoints import list_checkpoints, locked_folder
@@ -79,6 +79,50 @@ def test_resume(pretrain, trained, tmp_path, step):
     assert same_weights(output, trained)
     if step == 3:
         assert not list(output.glob(".checkpoint*"))
+
+
+OTHER_MODELS = {
+    "width": ({"model_overrides": {**TINY_MODEL, "hidden_size": 64}}, "hidden_size is 64, not 32"),
+    "depth": ({"model_overrides": {**TINY_MODEL, "num_hidden_layers": 3}}, "num_hidden_layers is 3, not 2"),
+    # The weights of these would fit.
+    "norm": ({"model_overrides": {**TINY_MODEL, "rms_norm_eps": 0.01}}, "rms_norm_eps is 0.01, not 1e-06"),
+    "preset": ({"attn_implementation": "entmax"}, "attn_implementation is 'entmax', not 'asentmax'"),
+    "alpha": (
+        {"sparse_attention": {"position_encoding": "nape", "alpha": 1.75}},
+        "sparse_attention.alpha is 1.75, not 1.5",
+    ),
+    "positions": (
+        {"sparse_attention": {"position_encoding": "nope"}},
+        "sparse_attention.position_encoding is 'nope', not 'nape'",
+    ),
+    "tokenizer": ({"tokenizer": "elsewhere"}, "tokenizer is 'elsewhere', not None"),
+    "length": ({"length": 34}, "the saved data position has length 33, this run has 34"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_run_does_not_go_on_with_another_model(pretrain, trained, tmp_path, capsys, changes, message):
+    output = copy_until(trained, tmp_path / "run", 9)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(output, resume="latest", **changes)
+    assert leaving.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pretrain.py: error: ")
+    assert message in error
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_other_options_of_training(pretrain, trained, tmp_path):
+    output = copy_until(trained, tmp_path / "run", 6)
+    changes = {"learning_rate": 5e-3, "weight_decay": 0.3, "max_steps": 8, "gradient_checkpointing": True}
+    other_backend = {"position_encoding": "nape", "backend": "reference"}
+    pretrain(output, resume="latest", sparse_attention=other_backend, **changes)
+    metrics, undisturbed = read_metrics(output), read_metrics(trained)
+    assert metrics[:6] == undisturbed[:6]
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert metrics[6]["loss"] == pytest.approx(undisturbed[6]["loss"], abs=1e-5)
+    assert metrics[6]["learning_rate"] < 0.6 * undisturbed[6]["learning_rate"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
