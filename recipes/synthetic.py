@@ -1,0 +1,223 @@
+"""Train a small model on a synthetic task and measure it at up to 1024 times the training length.
+
+    python recipes/synthetic.py recipes/configs/synthetic/mqmtar_short.yaml --output_dir outputs/mqmtar
+    python recipes/synthetic.py recipes/configs/synthetic/tiny.yaml --attn_implementation softmax
+
+The first argument may be a YAML file; flags override it; --help lists all options (synthetic_options.py). Rows are
+drawn on the device; on CUDA the whole step is captured in graphs. Everything lands in output_dir: results.json
+(measurements, curve, command, versions), metrics.jsonl, the model and its card. synthetic_suite.py runs many of these
+side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from synthetic_options import EvalOptions, TaskOptions, TrainOptions
+from synthetic_report import describe_cell, synthetic_card
+from synthetic_training import NonFiniteLoss, Progress, Trainer, build_model, train
+from transformers import LlamaForCausalLM, set_seed
+from transformers.utils import logging
+
+from hf_sparse_attention.arguments import ArgumentError, parse_arguments
+from hf_sparse_attention.checkpoints import (
+    CheckpointError,
+    checkpoint_name,
+    find_checkpoint,
+    locked_folder,
+    read_state,
+    remove_old,
+    write_checkpoint,
+)
+from hf_sparse_attention.evaluation.report import run_record, write_json
+from hf_sparse_attention.evaluation.synthetic import LadderOptions, run_ladder
+from hf_sparse_attention.runs import StopSignals, replace_files
+from hf_sparse_attention.training import get_alpha
+
+STATE = "state.pt"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parsed = parse_arguments(TaskOptions, TrainOptions, EvalOptions, argv=argv, description=__doc__.splitlines()[0])
+    try:
+        stopped_by = run(*parsed)
+    except (ArgumentError, CheckpointError, NonFiniteLoss, OSError) as error:
+        print(f"synthetic.py: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+
+
+def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOptions) -> int | None:
+    """Train and measure; returns the number of the signal that stopped the training, if any."""
+    task = task_options.trained_task()
+    low, high = options.lengths(task)
+    try:
+        task.check_length(low)
+        for multiple in eval_options.multiples:
+            task_options.evaluated_task().check_length(round(high * multiple))
+    except ValueError as error:
+        raise ArgumentError(f"train_lengths, multiples: {error}") from error
+    output = Path(options.output_dir)
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with locked_folder(output):
+        checkpoint = find_checkpoint(output, "latest") if options.resume else None
+        if checkpoint is None and (output / "metrics.jsonl").exists():
+            if not options.resume:
+                raise CheckpointError(f"{output} holds a run already; use --resume latest or another output_dir")
+            (output / "metrics.jsonl").unlink()
+        set_seed(options.seed)
+        model = build_model(task_options).to(device)
+        trainer, progress = Trainer(model, task, options, device), Progress(options)
+        alpha = get_alpha(model)
+        if checkpoint is not None:
+            restore(checkpoint, trainer, progress, output)
+        settings = {**vars(task_options), **vars(options), **vars(eval_options)}
+        record = {
+            "task": task_options.task,
+            "attention": model.config.sparse_attention,
+            "parameters": model.num_parameters(),
+            "train_lengths": [low, high],
+            "run": run_record(settings, device, 1),
+        }
+        return train_and_measure(trainer, progress, alpha, task_options, eval_options, record, output)
+
+
+def train_and_measure(
+    trainer: Trainer,
+    progress: Progress,
+    alpha: float,
+    task_options: TaskOptions,
+    eval_options: EvalOptions,
+    record: dict[str, Any],
+    output: Path,
+) -> int | None:
+    options, model = trainer.options, trainer.model
+    began = time.monotonic()
+
+    def save_state() -> Path:
+        target = output / checkpoint_name(progress.step)
+        write_checkpoint(
+            target,
+            lambda folder: torch.save(trainer.state_dict(), folder / STATE),
+            {"step": progress.step, "seconds": progress.seconds, "warm_seconds": progress.warm_seconds},
+            is_main=True,
+            wait=lambda: None,
+        )
+        remove_old(output, 1)
+        return target
+
+    def write(status: str, **more: Any) -> None:
+        curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        training = {
+            "steps": progress.step,
+            "samples": progress.step * options.batch_size,
+            "seconds": round(progress.seconds, 2),
+            "compile_seconds": round(trainer.captured, 2),
+            "wall_seconds": round(time.monotonic() - began, 2),
+            "samples_per_second": round(progress.step * options.batch_size / max(progress.seconds, 1e-9), 1),
+            "cuda_graph": trainer.graphed,
+            "curve": thinned(curve),
+        }
+        write_json(output / "results.json", {"status": status, **record, "training": training, **more})
+
+    (output / "metrics.jsonl").touch()
+    shown = -10.0
+    with StopSignals(None) as stop:
+        try:
+            for line in train(trainer, progress, output / "metrics.jsonl", stop, alpha):
+                if line["seconds"] - shown >= 10:
+                    shown = line["seconds"]
+                    print(
+                        f"step {line['step']:,} ({line['seconds']:.0f} s, {line['samples']:,} samples): "
+                        f"loss {line['loss']:.4f}, exact {line['exact_match']:.1%}, longest {line['longest']}",
+                        flush=True,
+                    )
+                if options.save_steps and line["step"] % options.save_steps < options.logging_steps:
+                    save_state()
+        except NonFiniteLoss as error:
+            write(f"stopped: {error}")
+            hint = "try a lower learning_rate, more warmup_steps or a lower max_grad_norm"
+            raise NonFiniteLoss(f"{error}; {hint}") from error
+        if stop.number is not None:
+            print(f"stopped by a signal; the state is in {save_state()}, --resume latest continues", flush=True)
+            write(f"stopped: signal {stop.number}")
+            return stop.number
+    trainer.forget()
+    write("trained")
+    results: dict[str, Any] = {"cells": [], "not_measured": {}}
+    if eval_options.save_model:
+        save_model(model, eval_options, output)
+    if eval_options.samples:
+        # Measured as it is kept, so that the card's numbers are those of the saved weights.
+        results = evaluate(model, task_options, options, eval_options)
+    write("finished", evaluation=results)
+    if eval_options.save_model:
+        text = json.loads((output / "results.json").read_text(encoding="utf-8"))
+        card = synthetic_card(model.config, text, output)
+        replace_files(output, lambda folder: card.save(folder / "README.md"))
+    return None
+
+
+def evaluate(
+    model: LlamaForCausalLM, task_options: TaskOptions, options: TrainOptions, eval_options: EvalOptions
+) -> dict[str, Any]:
+    task = task_options.evaluated_task()
+    longest = options.lengths(task)[1]
+    ladder = LadderOptions(
+        samples=eval_options.samples,
+        full_length=eval_options.full_length,
+        min_samples=eval_options.min_samples,
+        batch_tokens=eval_options.batch_tokens,
+        generate=eval_options.generate,
+        seconds=eval_options.eval_seconds,
+        seed=eval_options.eval_seed,
+        dtype=torch.bfloat16 if options.mixed_precision == "bf16" else None,
+    )
+    lengths = [round(longest * multiple) for multiple in eval_options.multiples]
+    protocol = {**dataclasses.asdict(ladder), "dtype": options.mixed_precision, "weights": str(model.dtype)}
+    results = run_ladder(model, task, lengths, ladder, lambda cell: print(describe_cell(cell, longest), flush=True))
+    return {"task": dataclasses.asdict(task), "protocol": protocol, **results}
+
+
+def save_model(model: LlamaForCausalLM, options: EvalOptions, output: Path) -> None:
+    """Write weights and config; the model has what was written from now on."""
+    dtype = getattr(torch, options.save_dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.config.dtype = dtype
+    replace_files(output, lambda folder: model.save_pretrained(folder, state_dict=state))
+
+
+def restore(checkpoint: Path, trainer: Trainer, progress: Progress, output: Path) -> None:
+    state = read_state(checkpoint)
+    trainer.load_state_dict(torch.load(checkpoint / STATE, map_location=trainer.device, weights_only=True))
+    progress.step, progress.seconds = state["step"], state["seconds"]
+    progress.warm_seconds = state["warm_seconds"]
+    log = output / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
+    log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    print(f"continuing after step {progress.step} of {checkpoint}")
+
+
+def thinned(curve: list[dict[str, float]], points: int = 300) -> dict[str, list[float]]:
+    """At most ``points`` lines of the curve, the last among them, as columns."""
+    stride = max(1, -(-len(curve) // points))
+    kept = curve[::-1][::stride][::-1]
+    names = ("step", "seconds", "loss", "exact_match", "grad_norm", "longest", "alpha")
+    return {name: [float(f"{line[name]:.5g}") for line in kept] for name in names}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the synthetic recipes show: lines, model cards, the table in the paper's form, the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedConfig
+
+from hf_sparse_attention.evaluation.plots import figure_grid, save_figure
+from hf_sparse_attention.evaluation.report import format_table, write_json
+from hf_sparse_attention.evaluation.synthetic import Cell
+from hf_sparse_attention.modelcard import TEMPLATE, Measurement, create_model_card
+
+CARD_TEMPLATE = TEMPLATE.with_name("synthetic_card_template.md")
+_ENCODINGS = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
+_NAMES = {"asentmax": "ASEntmax", "entmax": "Entmax", "ssmax": "SSMax", "softmax": "Softmax", "topk": "Top-k"}
+
+
+def describe_cell(cell: Cell, longest: int) -> str:
+    """One line about a measured length."""
+    generated = f", {cell.generated_agree} of {cell.generated} generated agree" if cell.generated else ""
+    return (
+        f"{cell.length:,} ({cell.length / longest:g}x): exact {cell.exact_match:.1%} "
+        f"[{cell.low:.1%}, {cell.high:.1%}] of {cell.samples}, tokens {cell.token_accuracy:.2%}{generated}, "
+        f"{cell.seconds:.1f} s"
+    )
+
+
+def variant_name(attention: Mapping[str, Any]) -> str:
+    """Attention and positions, as the paper's tables have them."""
+    return f"{_NAMES[attention['preset']]} ({_ENCODINGS[attention['position_encoding']]})"
+
+
+def synthetic_card(config: PreTrainedConfig, results: Mapping[str, Any], output: Path) -> ModelCard:
+    """The model card from results.json."""
+    training, settings, versions = results["training"], results["run"]["settings"], results["run"]["versions"]
+    return create_model_card(
+        config,
+        repo_id=str(output),
+        parameters=results["parameters"],
+        training_length=results["train_lengths"][1],
+        language=None,
+        template=CARD_TEMPLATE,
+        results=[
+            Measurement(
+                "exact_match",
+                cell["exact_match"],
+                f"{results['task']}, source of {cell['length']} tokens, {cell['samples']} samples",
+                "recipes/synthetic.py",
+                hub_dataset="synthetic",
+            )
+            for cell in results["evaluation"]["cells"]
+        ],
+        training={
+            "task": results["task"],
+            "task options": settings["train_task_options"] or settings["task_options"],
+            "source tokens": f"{results['train_lengths'][0]} to {results['train_lengths'][1]}",
+            "samples": f"{training['samples']:,}",
+            "steps": training["steps"],
+            "batch": settings["batch_size"],
+            "seconds": training["seconds"],
+            "learning rate": settings["learning_rate"],
+            "warmup steps": settings["warmup_steps"],
+            "mixed precision": settings["mixed_precision"],
+            "seed": settings["seed"],
+            "device": results["run"]["device"],
+            "command": f"`{results['run']['command']}`",
+            **versions,
+        },
+    )
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results.json of every run below ``folder``, with the name of its folder."""
+    found = []
+    for path in sorted(folder.glob("**/results.json")):
+        found.append({"name": path.parent.relative_to(folder).as_posix(), **json.loads(path.read_text("utf-8"))})
+    return found
+
+
+def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Runs by task and then by variant."""
+    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for run in runs:
+        grouped.setdefault(run["task"], {}).setdefault(variant_name(run["attention"]), []).append(run)
+    return grouped
+
+
+def cells_of(run: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
+    """Measured cells by multiple of the training length; a length after one of zeros counts as zero."""
+    longest = run["train_lengths"][1]
+    return {cell["length"] / longest: cell for cell in run.get("evaluation", {}).get("cells", [])}
+
+
+def exact_at(run: Mapping[str, Any], multiple: float) -> float | None:
+    """Exact match at a multiple; 0 beyond a length where nothing was right, None where it was not measured."""
+    if multiple in (cells := cells_of(run)):
+        return cells[multiple]["exact_match"]
+    reasons = run.get("evaluation", {}).get("not_measured", {})
+    return 0.0 if reasons.get(str(round(multiple * run["train_lengths"][1]))) == "nothing right" else None
+
+
+def make_table(variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Exact match in per cent of one task: a row per variant, a column per multiple of the training length."""
+    multiples = sorted({multiple for runs in variants.values() for run in runs for multiple in cells_of(run)})
+    rows = []
+    for name, runs in variants.items():
+        row = []
+        for multiple in multiples:
+            values = [value for run in runs if (value := exact_at(run, multiple)) is not None]
+            row.append(" / ".join(f"{100 * value:.1f}" for value in values) or "-")
+        samples = sum(run["training"]["samples"] for run in runs) / len(runs)
+        failed = [run["status"] for run in runs if run["status"].startswith("stopped")]
+        rows.append([name, str(len(runs)), f"{samples / 1e6:.2f}M", *row, "; ".join(failed)])
+    header = ["exact match, %", "seeds", "samples seen", *(f"{multiple:g}x" for multiple in multiples), ""]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return format_table(header, rows)
+
+
+def write_report(folder: Path) -> str:
+    """Tables, one JSON of all runs, and the picture, from the runs below ``folder``; returns the tables."""
+    runs = read_results(folder)
+    grouped = by_variant(runs)
+    text = "\n\n".join(f"### {task}\n\n{make_table(variants)}" for task, variants in grouped.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "synthetic.md").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "synthetic.json", {"runs": runs})
+    if grouped:
+        plot(folder / "synthetic.png", grouped)
+    return text
+
+
+def plot(path: Path, grouped: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """Exact match against the multiple of the training length above, the loss curves below; a column per task."""
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(n for v in grouped.values() for n in v))}
+    figure, (above, below) = figure_grid(2, len(grouped), width=1.0 + 3.6 * len(grouped), height=6.0)
+    for upper, lower, (task, variants) in zip(above, below, grouped.items()):
+        for name, runs in variants.items():
+            for number, run in enumerate(runs):
+                style = {"color": colours[name], "label": name if number == 0 else None}
+                cells = cells_of(run)
+                if cells:
+                    upper.plot(
+                        list(cells),
+                        [100 * c["exact_match"] for c in cells.values()],
+                        marker="o",
+                        markersize=3,
+                        **style,
+                    )
+                    bounds = ([100 * c[key] for c in cells.values()] for key in ("low", "high"))
+                    upper.fill_between(list(cells), *bounds, color=colours[name], alpha=0.12, linewidth=0)
+                curve = run["training"]["curve"]
+                batch = run["run"]["settings"]["batch_size"]
+                lower.plot([step * batch / 1e6 for step in curve["step"]], curve["loss"], linewidth=1, **style)
+        upper.set_xscale("log", base=2)
+        upper.xaxis.set_major_formatter("{x:g}x")
+        upper.set_ylim(-3, 103)
+        upper.set_title(task, fontsize=10)
+        upper.set_xlabel("multiple of the training length", fontsize=8)
+        lower.set_yscale("log")
+        lower.set_xlabel("samples seen (millions)", fontsize=8)
+        for axes in (upper, lower):
+            axes.grid(alpha=0.25)
+            axes.tick_params(labelsize=7)
+    above[0].set_ylabel("exact match, %", fontsize=8)
+    below[0].set_ylabel("training loss (nats per target token)", fontsize=8)
+    above[0].legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
