@@ -13,9 +13,23 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="Device of the models that tests build in their own process.")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield
+    else:
+        with torch.device(device):
+            yield
 
 
 def pytest_collection_modifyitems(items):

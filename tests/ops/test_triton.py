@@ -20,6 +20,8 @@ CASES = {
     "sparsemax, packed documents": "Case(40, 40, 2, alpha=2.0, ranges='packed', scale=True, slopes=True)",
     "any alpha, window, head dimension 20 and values of 12": "Case(35, 35, 1, 1, 20, 12, alpha=1.3, ranges='window')",
     "given positions, more keys than queries": "Case(20, 50, 2, scores='needle', slopes=True, positions=True)",
+    "many key tiles": "Case(36, 530, 1, scores='sharp')",
+    "many key tiles, fp16, any alpha": "Case(33, 530, 1, dtype=torch.float16, alpha=1.7, ranges='full')",
     "softmax, scale and slopes": "Case(35, 50, 2, alpha=1.0, ranges='holes', scale=True, slopes=True)",
 }
 DECODE_CASES = {

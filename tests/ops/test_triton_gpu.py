@@ -50,6 +50,11 @@ CASES = [
     *(Case(300, 300, 2, 1, d, dtype=FP32, scores="sharp", scale=True) for d in (16, 64, 128, 256)),
     *(Case(300, 300, 2, 1, 64, dtype=FP32, scores=s, alpha=a) for s in ("huge", "tied") for a in (1.0, 1.5, 2.0)),
     Case(517, 517, 2, 2, 64, dtype=BF16, alpha=1.0, ranges="holes", scale=True),
+    # More tiles than the sweep looks at in one go, and lists long enough for a pilot pass.
+    *(Case(300, 20000, 2, 1, 64, dtype=BF16, scores=s, scale=s == "sharp") for s in ("normal", "sharp", "needle")),
+    *(Case(130, 20000, 2, 1, 64, dtype=BF16, scores=s, ranges="full") for s in ("heavy", "tied", "equal")),
+    *(Case(130, 9000, 2, 1, 64, dtype=t, alpha=a, ranges="full") for t in (FP16, FP32) for a in (1.2, 1.5, 2.0)),
+    Case(300, 20000, 2, 1, 128, dtype=BF16, scores="sharp", slopes=True),
 ]
 
 

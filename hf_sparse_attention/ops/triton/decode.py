@@ -8,21 +8,22 @@ import triton
 import triton.language as tl
 
 from .solve import MAX_PASSES
-from .sweep import CHUNK
 from .threshold import (
     NOTHING,
     SOFTMAX,
     UNREACHABLE,
     converged,
     curvature,
+    curvature_flatness,
     highest_offset,
     powers,
     solve_step,
 )
 from .tiles import ALIGNMENT, distance, head_base, load_tile, mask_invisible
 
-# Block maxima of a split that are compared at once.
+# Block maxima of a split, and of a row, that are compared at once.
 BLOCKS_AT_ONCE = tl.constexpr(32)
+CHUNK = tl.constexpr(256)
 
 
 @triton.jit(
@@ -150,9 +151,10 @@ def decode_threshold_kernel(
                 f += tl.sum(p, 0)
                 d += tl.sum(u, 0)
                 c += tl.sum(curvature(x, beta, KIND), 0)
-            t_new, lo_t, hi_t = solve_step(t, lo_t, hi_t, f, d, c, beta, KIND)
+            flatness = curvature_flatness(f, d, c, beta)
+            t_new, lo_t, hi_t = solve_step(t, lo_t, hi_t, f, d, flatness, beta, KIND)
             t_new = tl.minimum(t_new, top)
-            open_row = (~converged(f, d, c, beta, tolerance, KIND)) & (t_new != t)
+            open_row = (~converged(f, flatness, 1.0, beta, tolerance, KIND)) & (t_new != t)
             unsolved = tl.max(open_row.to(tl.int32), 0)
             t = t_new
             passes += 1

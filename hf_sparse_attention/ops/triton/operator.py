@@ -16,7 +16,7 @@ from .decode import (
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
-from .sweep import key_norms_kernel, sweep_kernel
+from .sweep import CHUNK, ROW_GROUP, key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
 from .tiles import ALIGNMENT
 from .tiling import DECODE_SCORES, Tiling, decode_launch, padded, tiling
@@ -157,8 +157,9 @@ def forward_op(
     factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
     norms = None if slopes is None else _key_norms(key, tiles.columns)
     excess = rows.new_empty(heads, q_tiles, k_tiles)
+    scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, CHUNK.value)
     sweep_kernel[grid](
-        query, key, query_scale, slopes, norms, *visible, reference, offset, lists, excess, counts,
+        query, key, query_scale, slopes, norms, *visible, reference, offset, lists, excess, scratch, counts,
         *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE,
         **common, **tiles.sweep.options(),
     )  # fmt: skip

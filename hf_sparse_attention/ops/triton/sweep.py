@@ -6,8 +6,10 @@ import triton.language as tl
 from .threshold import NOTHING, UNREACHABLE, highest_offset, raise_bound
 from .tiles import head_base, load_query, load_tile, positions_of, schedule, tile_scores, visible_keys
 
-# Entries of a list that are treated at once.
-CHUNK = tl.constexpr(256)
+# Tiles, or entries of a list, that are treated at once.
+CHUNK = tl.constexpr(128)
+# Rows whose scores are compared with their bounds as one: those of one warp.
+ROW_GROUP = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "heads", "k_len", "tiles"])
@@ -30,6 +32,12 @@ def key_norms_kernel(
     base = head_base(K, stride_b, stride_h, bh // heads, bh % heads)
     k = load_tile(base, stride_n, tile * BN, k_len, tl.arange(0, BN), tl.arange(0, PADDED), D, PADDED).to(tl.float32)
     tl.store(NORMS + bh * tiles + tile, tl.sqrt(tl.max(tl.sum(k * k, 1), 0)))
+
+
+@triton.jit
+def group_max(values, BM: tl.constexpr):
+    """Maximum over each ROW_GROUP rows. # [BM // ROW_GROUP]"""
+    return tl.max(tl.reshape(values, [BM // ROW_GROUP, ROW_GROUP]), 1)
 
 
 @triton.jit
@@ -56,7 +64,7 @@ def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, 
 )  # fmt: skip
 def sweep_kernel(
     Q, K, QUERY_SCALE, SLOPES, NORMS, KEY_START, KEY_END, QUERY_POSITIONS,
-    REFERENCE, OFFSET, LIST, EXCESS, COUNT,
+    REFERENCE, OFFSET, LIST, EXCESS, SCRATCH, COUNT,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -124,44 +132,81 @@ def sweep_kernel(
             norms = NORMS + tl.cast(b * (q_heads // group) + h // group, tl.int64) * k_tiles
             lo_tile, hi_tile = alibi_range(norms, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, BN)
 
-    # A tile is listed when some row has a score above its bound, which should therefore become good early: last tile
-    # first (the diagonal, for causal attention), then the first (attention sinks), then every eighth, then the rest.
-    tiles = tl.maximum(hi_tile - lo_tile, 0)
-    early = tl.cdiv(tiles, SAMPLE)
-    second = tl.where(early > 1, SAMPLE, 1)
-    early_t = t
+    # A tile is listed when some row has a score above its bound, which should therefore become good early: the tiles
+    # that some row sees in part (the diagonal, for causal attention) and every SAMPLE-th of the others raise it.
+    first_full = tl.minimum(tl.maximum(tl.cdiv(full_lo, BN), lo_tile), hi_tile)
+    full = tl.maximum(tl.minimum(full_hi // BN, hi_tile) - first_full, 0)
+    after = hi_tile - first_full - full
+    sampled = tl.cdiv(full, SAMPLE)
+    early = after + sampled + first_full - lo_tile
+    first_t = t
     count = 0
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        rest = i - early
-        back = tl.where(i < early, SAMPLE * i, rest + rest // (SAMPLE - 1) + 1)
-        back = tl.where(i == 1, tiles - 1, tl.where((i > 1) & (back == tiles - 1), second, back))
-        tile = hi_tile - 1 - back
-        first = tile * BN
-        partial = (first < full_lo) | (first + BN > full_hi)
+    for i in tl.range(0, early, num_stages=STAGES):
+        partial = (i < after) | (i >= after + sampled)
+        tile = tl.where(i < after, hi_tile - 1 - i, tl.where(partial, lo_tile + i - after - sampled, 0))
+        tile = tl.where(partial, tile, first_full + SAMPLE * (i - after))
         fix = partial
         if HAS_SLOPES:
             fix = fix | (slope != 0)
         a = tile_scores(
-            q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, fix,
+            q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, fix,
             D, DP, HAS_SLOPES, PRECISION,
         )  # fmt: skip
         a_max = tl.max(a, 1) * c
         if tl.max(a_max - t, 0) > 0:
             m, t, f, d = raise_bound(m, t, f, d, a * c[:, None], a_max, beta, KIND)
             tl.store(LIST + count, (2 * tile + partial.to(tl.int32)).to(LIST.dtype.element_ty))
-            tl.store(EXCESS + count, tl.max(a_max - early_t, 0))
+            tl.store(EXCESS + count, tl.max(a_max - first_t, 0))
             count += 1
         if i < 2:
-            early_t = t
+            first_t = t
 
-    # A tile whose scores exceeded the early bounds by less than every bound has risen since cannot hold support.
-    risen = tl.min(tl.where(live, t - early_t, float("inf")), 0)
+    # The rest is compared with the bounds that stand now, without a branch: only by how much each tile exceeds them is
+    # kept, for each group of rows, and looked at after every CHUNK tiles.
+    early_t = t
+    early_count = count
+    group_index = tl.arange(0, BM // ROW_GROUP)
+    SCRATCH += tile_index * (CHUNK * (BM // ROW_GROUP))
+    for base in range(0, full - sampled, CHUNK):
+        size = tl.minimum(full - sampled - base, CHUNK)
+        tl.debug_barrier()
+        for i in tl.range(0, size, num_stages=STAGES):
+            tile = first_full + 1 + base + i + (base + i) // (SAMPLE - 1)
+            fix = False
+            if HAS_SLOPES:
+                fix = slope != 0
+            a = tile_scores(
+                q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, fix,
+                D, DP, HAS_SLOPES, PRECISION,
+            )  # fmt: skip
+            a_max = tl.max(a, 1) * c
+            m = tl.maximum(m, a_max)
+            tl.store(SCRATCH + i * (BM // ROW_GROUP) + group_index, group_max(a_max - early_t, BM))
+        tl.debug_barrier()
+        t = tl.where(live, tl.maximum(t, m - 1.0), t)
+        risen = -group_max(tl.where(live, early_t - t, float("-inf")), BM)
+        index = tl.arange(0, CHUNK)
+        pointers = SCRATCH + index[:, None] * (BM // ROW_GROUP) + group_index[None, :]
+        excess = tl.load(pointers, mask=index[:, None] < size, other=float("-inf"))
+        excess = tl.max(tl.where(excess >= risen[None, :], excess, float("-inf")), 1)
+        keep = (excess > 0).to(tl.int32)
+        slots = count + tl.cumsum(keep, 0) - 1
+        tile = first_full + 1 + base + index + (base + index) // (SAMPLE - 1)
+        tl.store(LIST + slots, (2 * tile).to(LIST.dtype.element_ty), mask=keep > 0)
+        tl.store(EXCESS + slots, excess, mask=keep > 0)
+        count += tl.sum(keep, 0)
+
+    # A tile whose scores exceeded former bounds by less than every bound has risen since cannot hold support.
+    risen_first = tl.min(tl.where(live, t - first_t, float("inf")), 0)
+    risen_early = tl.min(tl.where(live, t - early_t, float("inf")), 0)
     tl.debug_barrier()
     kept = 0
-    for first in range(0, count, CHUNK):
-        index = first + tl.arange(0, CHUNK)
+    for base in range(0, count, CHUNK):
+        index = base + tl.arange(0, CHUNK)
         entry = tl.load(LIST + index, mask=index < count, other=0)
-        keep = (tl.load(EXCESS + index, mask=index < count, other=float("-inf")) >= risen).to(tl.int32)
+        excess = tl.load(EXCESS + index, mask=index < count, other=float("-inf"))
+        keep = (excess >= tl.where(index < early_count, risen_first, risen_early)).to(tl.int32)
+        tl.debug_barrier()
         tl.store(LIST + kept + tl.cumsum(keep, 0) - 1, entry, mask=keep > 0)
         kept += tl.sum(keep, 0)
 

@@ -17,6 +17,8 @@ ENTMAX = tl.constexpr(3)
 NOTHING = tl.constexpr(-1.0e30)
 # Threshold of a row that sees no key: above every score.
 UNREACHABLE = tl.constexpr(1.0e30)
+# Share of the tolerance that a flatness estimated from some of the tiles allows.
+ESTIMATED = tl.constexpr(0.6)
 
 
 @triton.jit
@@ -69,13 +71,33 @@ def highest_offset(m):
 
 
 @triton.jit
-def power_step(f, d, c, beta):
+def curvature_flatness(f, d, c, beta):
+    """``1 - a`` where F behaves like ``(T - t)^(1/a)``, from the sums at one t. # [BM]"""
+    safe_d = tl.where(d > 0, d, 1.0)
+    return tl.where(f > 0, (1.0 - 1.0 / beta) * f * c / (safe_d * safe_d), 1.0 - 1.0 / beta)
+
+
+@triton.jit
+def secant_flatness(f, d, former_f, former_d, flatness, trust):
+    """``1 - a`` from the sums at two t, as D is proportional to ``F^(1-a)``; the former value where they are too near.
+
+    Returns it and how far it can be trusted (see :func:`converged`). # [BM], [BM]
+    """
+    usable = (f > 0) & (former_f > 0)
+    log_f = tl.log2(tl.where(usable, f, 1.0)) - tl.log2(tl.where(usable, former_f, 1.0))
+    usable = usable & (tl.abs(log_f) > 0.02)
+    log_d = tl.log2(tl.where(usable, d, 1.0)) - tl.log2(tl.where(usable, former_d, 1.0))
+    secant = log_d / tl.where(usable, log_f, 1.0)
+    return tl.where(usable, tl.minimum(tl.maximum(secant, 0.0), 4.0), flatness), tl.where(usable, 1.0, trust)
+
+
+@triton.jit
+def power_step(f, d, flatness, beta):
     """Step to ``F = 1`` from the sums at t, exact when F is a power of the distance to its zero ("power Newton")."""
     safe_d = tl.where(d > 0, d, 1.0)
     safe_f = tl.where(f > 0, f, 1.0)
-    a = 1.0 - (1.0 - 1.0 / beta) * safe_f * c / (safe_d * safe_d)
     log_f = tl.log2(safe_f) * 0.6931471805599453
-    y = tl.minimum(tl.maximum(a * log_f, -30.0), 30.0)
+    y = tl.minimum(tl.maximum((1.0 - flatness) * log_f, -30.0), 30.0)
     flat = tl.abs(y) < 1.0e-3
     ratio = tl.where(flat, 1.0 - 0.5 * y, (1.0 - tl.exp2(y * -1.4426950408889634)) / tl.where(flat, 1.0, y))
     return tl.where(f > 0, safe_f / (beta * safe_d) * log_f * ratio, 0.0)
@@ -106,22 +128,22 @@ def raise_bound(m, t, f, d, s, s_max, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def converged(f, d, c, beta, tolerance, KIND: tl.constexpr):
+def converged(f, flatness, trust, beta, tolerance, KIND: tl.constexpr):
     """Whether one more step from these sums leaves ``|F^(1/beta) - 1|`` below 2^-8 (README, "stopping rule").
 
     The step is of third order where the weights spread like a power law; many scores just above the threshold, or
-    beta < 1.5, slow it down.
+    beta < 1.5, slow it down. ``trust`` is the share of the tolerance that the quality of the flatness allows, at least
+    a quarter.
     """
-    safe_d = tl.where(d > 0, d, 1.0)
-    regular = (f * c < (3.0 * beta / tl.maximum(2.0 * (beta - 1.0), 1.0e-6)) * safe_d * safe_d) & (beta >= 1.5)
+    regular = (flatness < 1.5) & (beta >= 1.5)
     slow = tl.where(beta >= 1.5, 0.25, 0.05)
-    return tl.abs(root(f, beta, KIND) - 1.0) <= tolerance * tl.where(regular, 1.0, slow)
+    return tl.abs(root(f, beta, KIND) - 1.0) <= tolerance * tl.where(regular, tl.maximum(trust, slow), slow)
 
 
 @triton.jit
-def solve_step(t, lo, hi, f, d, c, beta, KIND: tl.constexpr):
+def solve_step(t, lo, hi, f, d, flatness, beta, KIND: tl.constexpr):
     """One power Newton step towards ``F(tau) = 1`` from the sums at t, kept inside a bracket; new t and bracket."""
     lo = tl.maximum(lo, t + newton_step(f, d, beta, KIND))
     hi = tl.where(f <= 1.0, tl.minimum(hi, t), hi)
-    t_new = tl.maximum(t + power_step(f, d, c, beta), lo)
+    t_new = tl.maximum(t + power_step(f, d, flatness, beta), lo)
     return tl.where(t_new >= hi, 0.5 * (lo + hi), t_new), lo, hi
