@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-_GENERATED = "_sparse_attention_generated"
 _MEMO = "_sparse_attention_memo"
+# The dtype of masks that transformers made from padding; unlike an attribute it lasts through torch.compile.
+_GENERATED = torch.uint8
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,18 @@ class Visibility:
 
 
 def sparse_attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask function registered for the presets: None or bool (B, 1, Q, K), as for SDPA.
+    """The mask function registered for the presets: None or uint8 (B, 1, Q, K), 1 = visible.
 
     None wherever causality, a sliding window and packed documents say everything: :func:`visibility` knows them by
-    itself, and a mask takes memory with the square of the length. A mask is marked as made by transformers from
-    padding: document boundaries are missing in it. A mask that the user made is complete and carries no mark.
+    itself, and a mask takes memory with the square of the length. The dtype tells a mask that transformers made from
+    padding, in which document boundaries are missing, from a complete one that the user made.
     """
     if _is_causal_only(**kwargs):
         if kwargs.get("attention_mask") is None:
             return None
         kwargs["local_size"] = None
     mask = sdpa_mask(*args, **kwargs)
-    if mask is not None and not torch.compiler.is_compiling():
-        setattr(mask, _GENERATED, True)
-    return mask
+    return None if mask is None else mask.view(_GENERATED)
 
 
 def _is_causal_only(
@@ -93,12 +92,13 @@ def visibility(
     if attention_mask is None:
         document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
         return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
-    generated = getattr(attention_mask, _GENERATED, False) or torch.compiler.is_compiling()
     rows = _memoised(
         (attention_mask, position_ids, cu_seqlens, seq_idx),
-        lambda: _with_mask(attention_mask, query, num_keys, generated, position_ids, cu_seqlens, seq_idx),
+        lambda: _with_mask(attention_mask, query, num_keys, position_ids, cu_seqlens, seq_idx),
     )
-    return replace(rows, attention_mask=attention_mask) if rows.attention_mask is rows.key_start is None else rows
+    if rows.attention_mask is rows.key_start is None:
+        return replace(rows, attention_mask=_as_bool(attention_mask))
+    return rows
 
 
 def check_boundaries(
@@ -153,7 +153,6 @@ def _with_mask(
     attention_mask: Tensor,
     query: Tensor,
     num_keys: int,
-    generated: bool,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
@@ -167,22 +166,37 @@ def _with_mask(
         raise ValueError(
             f"attention_mask has shape {shape}; expected ({batch} or 1, {heads} or 1, {num_queries}, {num_keys})."
         )
-    mask = _as_bool(attention_mask)
+    mask = given = _as_bool(attention_mask)
     slots = _last_visible(mask)
-    if generated:
+    is_generated = attention_mask.dtype == _GENERATED
+    if is_generated:
         mask = _separate_documents(mask, slots, position_ids, cu_seqlens, seq_idx)
     counts = mask.sum(-1)
-    if mask.shape[1] == 1 and not torch.compiler.is_compiling():
+    if mask.shape[1] == 1:
         start = mask[:, 0].int().argmax(-1)
-        if bool((counts[:, 0] == slots + 1 - start).all()):
-            # No holes: ranges say the same, and every backend is faster with them.
+        if _has_no_holes((counts[:, 0] == slots + 1 - start).all(), is_generated):
+            # Ranges say the same, and every backend is faster with them.
             return Visibility(None, start, slots + 1, counts, slots.clamp(min=0))
     visible = mask.any(dim=1).any(dim=1)
     key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
     query_positions = key_positions.gather(-1, slots.clamp(min=0))
     # A mask that is right as it was given is not kept on itself: that cycle would hold its memory.
-    own = None if mask is attention_mask else mask
+    own = None if mask is given else mask
     return Visibility(own, None, None, counts, query_positions, key_positions)
+
+
+def _has_no_holes(answer: Tensor, is_generated: bool) -> bool:
+    """The value of ``answer``; compiled code, which cannot read it, makes sure of it on a GPU and gives up elsewhere."""
+    if not torch.compiler.is_compiling():
+        return bool(answer)
+    if not (is_generated and answer.is_cuda):
+        return False
+    torch._assert_async(
+        answer,
+        "attention_mask hides tokens between visible ones, which compiled sparse attention does not support on a GPU: "
+        "pad on one side, or do not compile.",
+    )
+    return True
 
 
 def _separate_documents(
@@ -255,6 +269,8 @@ def _as_bool(mask: Tensor) -> Tensor:
     """A user's float mask as bool: 0 is visible, a large negative number or -inf hidden, anything else refused."""
     if mask.dtype == torch.bool:
         return mask
+    if mask.dtype == _GENERATED:
+        return mask.view(torch.bool)
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}.")
     visible = mask > torch.finfo(torch.float16).min / 2

@@ -17,19 +17,14 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="Device of the models that tests build in their own process.")
 
 
+def pytest_configure(config):
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     set_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _device(request):
-    device = request.config.getoption("--device")
-    if device == "cpu":
-        yield
-    else:
-        with torch.device(device):
-            yield
 
 
 def pytest_collection_modifyitems(items):

@@ -74,9 +74,9 @@ class AttentionStatistics:
             return
         heads = attention.weights.shape[1]
         for sums in self._sums.values():
-            sums.append(torch.zeros(heads, _MAX_RANGES, dtype=torch.float64))
+            sums.append(torch.zeros(heads, _MAX_RANGES, dtype=torch.float64, device="cpu"))
         for sums in self._parameters.values():
-            sums.append(torch.zeros(heads, dtype=torch.float64))
+            sums.append(torch.zeros(heads, dtype=torch.float64, device="cpu"))
         self._tokens.append(0)
         self._slopes.append(attention.slopes.cpu())
 

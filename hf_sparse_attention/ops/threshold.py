@@ -83,14 +83,16 @@ def solve(scores: Tensor, alpha: float, slope: Tensor, weight: Tensor) -> tuple[
         return weights, tau, total
 
     limit = 1.0 + 4.0 * torch.finfo(scores.dtype).eps
+    # A CUDA graph cannot ask whether all rows are solved: it takes every step.
+    may_ask = not (scores.is_cuda and torch.cuda.is_current_stream_capturing())
     for _ in range(_MAX_STEPS):
         unsolved = total > limit
-        if not unsolved.any():
+        if may_ask and not unsolved.any():
             break
         # Newton on g: (total - total ** (2 - alpha)) / ((alpha - 1) dg/dtau), exact also for alpha next to 1.
         step = total.log().mul_(1.0 - alpha).expm1_().mul_(total).div_(slope.sum(-1, keepdim=True))
         following = torch.where(unsolved, tau - step, tau)
-        if torch.equal(following, tau):
+        if may_ask and torch.equal(following, tau):
             break
         tau = following
         weights = powers(scores, tau, alpha, slope, weight)

@@ -30,7 +30,7 @@ def test_padding_becomes_ranges():
 def test_holes_keep_the_mask_and_count_tokens():
     mask = generated([1, 1, 0, 0, 1, 1])
     rows = visibility(mask, QUERY, 6, **NOTHING)
-    assert rows.attention_mask is mask
+    assert torch.equal(rows.attention_mask, mask.bool())
     assert rows.visible_keys[0, 0].tolist() == [1, 2, 2, 2, 3, 4]
     assert rows.query_positions[0, 4:].tolist() == [2, 3]
     assert rows.key_positions[0].tolist() == [0, 1, 1, 1, 2, 3]
