@@ -160,7 +160,8 @@ def _describe(
         weights[..., :0],  # only its shape and device are looked at
         weights.shape[-1],
         is_causal=getattr(module, "is_causal", True),
-        sliding_window=None,  # transformers makes a mask where a window hides something
+        # Layers that differ have their own; the others pass on the config's.
+        sliding_window=getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)),
         position_ids=kwargs.get("position_ids"),
         cu_seqlens=kwargs.get("cu_seq_lens_q"),
         seq_idx=kwargs.get("seq_idx"),
