@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,14 @@ from hf_sparse_attention.checkpoints import (
     CheckpointError,
     checkpoint_name,
     find_checkpoint,
+    list_checkpoints,
     locked_folder,
     read_state,
     remove_old,
     write_checkpoint,
 )
 from hf_sparse_attention.evaluation.report import run_record, write_json
-from hf_sparse_attention.evaluation.synthetic import LadderOptions, run_ladder
+from hf_sparse_attention.evaluation.synthetic import Cell, LadderOptions, run_ladder
 from hf_sparse_attention.runs import StopSignals, replace_files
 from hf_sparse_attention.training import get_alpha
 
@@ -152,24 +155,31 @@ def train_and_measure(
             write(f"stopped: signal {stop.number}")
             return stop.number
     trainer.forget()
+    # An evaluation that is interrupted starts from here.
+    save_state()
     write("trained")
-    results: dict[str, Any] = {"cells": [], "not_measured": {}}
     if eval_options.save_model:
-        save_model(model, eval_options, output)
-    if eval_options.samples:
         # Measured as it is kept, so that the card's numbers are those of the saved weights.
-        results = evaluate(model, task_options, options, eval_options)
+        save_model(model, eval_options, output)
+    results = evaluate(model, task_options, options, eval_options, lambda part: write("trained", evaluation=part))
     write("finished", evaluation=results)
     if eval_options.save_model:
         text = json.loads((output / "results.json").read_text(encoding="utf-8"))
         card = synthetic_card(model.config, text, output)
         replace_files(output, lambda folder: card.save(folder / "README.md"))
+    for folder in list_checkpoints(output):
+        shutil.rmtree(folder)
     return None
 
 
 def evaluate(
-    model: LlamaForCausalLM, task_options: TaskOptions, options: TrainOptions, eval_options: EvalOptions
+    model: LlamaForCausalLM,
+    task_options: TaskOptions,
+    options: TrainOptions,
+    eval_options: EvalOptions,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
+    """Exact match at every length; ``keep`` is called with what there is after each."""
     task = task_options.evaluated_task()
     longest = options.lengths(task)[1]
     ladder = LadderOptions(
@@ -182,20 +192,28 @@ def evaluate(
         seed=eval_options.eval_seed,
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else None,
     )
+    protocol = {**dataclasses.asdict(ladder), "dtype": options.mixed_precision, "weights": eval_options.save_dtype}
+    described = {"task": dataclasses.asdict(task), "protocol": protocol}
+    if not eval_options.samples:
+        return {**described, "cells": [], "not_measured": {}}
+    cells: list[dict[str, Any]] = []
+
+    def progress(cell: Cell) -> None:
+        print(describe_cell(cell, longest), flush=True)
+        cells.append(dataclasses.asdict(cell))
+        keep({**described, "cells": cells, "not_measured": {}})
+
     lengths = [round(longest * multiple) for multiple in eval_options.multiples]
-    protocol = {**dataclasses.asdict(ladder), "dtype": options.mixed_precision, "weights": str(model.dtype)}
-    results = run_ladder(model, task, lengths, ladder, lambda cell: print(describe_cell(cell, longest), flush=True))
-    return {"task": dataclasses.asdict(task), "protocol": protocol, **results}
+    return {**described, **run_ladder(model, task, lengths, ladder, progress)}
 
 
 def save_model(model: LlamaForCausalLM, options: EvalOptions, output: Path) -> None:
-    """Write weights and config; the model has what was written from now on."""
+    """Write weights and config. From now on the model computes with what was written, still in float32."""
     dtype = getattr(torch, options.save_dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    model.config.dtype = dtype
     replace_files(output, lambda folder: model.save_pretrained(folder, state_dict=state))
 
 

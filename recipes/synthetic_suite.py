@@ -47,6 +47,13 @@ class SuiteOptions:
         default=None,
         metadata={"help": "pattern of TASK/VARIANT/seedN: options for these runs; later ones win", "metavar": "JSON"},
     )
+    devices: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "pattern: number of the GPU for these runs (mod count); others take turns",
+            "metavar": "JSON",
+        },
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run for each."})
     only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "Patterns of the runs to do."})
     output_dir: str = field(default="outputs/synthetic", metadata={"help": "Folder for runs, tables and picture."})
@@ -58,7 +65,7 @@ class SuiteOptions:
     report_only: bool = field(default=False, metadata={"help": "Only compare what is there."})
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "variants", "options", "overrides"):
+        for name in ("tasks", "variants", "options", "overrides", "devices"):
             setattr(self, name, parse_mapping(name, getattr(self, name)) or {})
         if not self.report_only and not (self.tasks and self.variants and self.seeds):
             raise ArgumentError("give tasks, variants and seeds")
@@ -146,8 +153,10 @@ def run_all(runs: list[Run], output: Path, options: SuiteOptions) -> list[str]:
     queues: list[deque[Run]] = [deque() for _ in devices]
     waiting = [run for run in runs if not is_finished(run)]
     for number, run in enumerate(waiting):
-        run.device = devices[number % len(devices)]
-        queues[number % len(devices)].append(run)
+        pinned = [place for pattern, place in options.devices.items() if fnmatch.fnmatchcase(run.name, pattern)]
+        place = (pinned[-1] if pinned else number) % len(devices)
+        run.device = devices[place]
+        queues[place].append(run)
     slots = min(len(waiting), options.runs_per_device * len(devices))
     threads = str(max(1, (os.cpu_count() or 1) // max(1, slots)))
     running: list[Run] = []

@@ -37,8 +37,8 @@ class Drawn(NamedTuple):
 class Task(ABC):
     """A family of samples of any length. Fields of the subclasses are its options.
 
-    All tensors are made on the device of the lengths, with static shapes, without reading a value back or copying one
-    to the device (as ``torch.where`` does with a number), so that sampling can be captured in a CUDA graph.
+    All tensors are made on the device of the lengths, with static shapes and without reading a value back, so that
+    sampling can be captured in a CUDA graph.
 
     Attributes:
         name: how the recipe calls it.

@@ -32,7 +32,7 @@ class Recall(Task):
         words: keys, and as many values, in the pools.
         queries: how many keys are asked for.
         density: share of the length that pairs take, each counted with its separator and one blank: a number, or
-            the least and the most, drawn anew for each row.
+            the least and the most; every number of pairs between them is equally likely.
         gaps: where further blanks are. slots: each pair is somewhere in its own equal share of the length;
             anywhere: blanks between two pairs vary from none to all there are.
         pool_seed: of the words in the pools.
@@ -93,9 +93,9 @@ class Recall(Task):
 
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
         batch, device, pairs = lengths.shape[0], lengths.device, self.max_pairs(limit)
-        least, most = self.density
-        share = least + (most - least) * torch.rand(batch, generator=generator, device=device)
-        count = (share * lengths / self.pair_span + 1e-4).long().clamp(1, pairs)[:, None]
+        # Float32 holds lengths and shares well enough for the small offset to undo its rounding.
+        least, most = ((share * lengths / self.pair_span + 1e-4).long().clamp(1, pairs) for share in self.density)
+        count = (least + uniform_below(most - least + 1, (batch,), generator))[:, None]
         keys, values = _pools(self.alphabet, self.key_tokens, self.value_tokens, self.words, self.pool_seed, device)
         keys = keys[distinct(pairs, self.words, batch, generator, device)]  # [B, pairs, key tokens]
         values = values[distinct(pairs, self.words, batch, generator, device)]
