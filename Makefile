@@ -34,7 +34,7 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install -q --upgrade pip
 	.venv-oldest/bin/python -m pip install -q torch==2.13.0
 	.venv-oldest/bin/python -m pip install -q $(OLDEST) matplotlib evaluate pyyaml tensorboard \
-		hypothesis lm-eval pytest pytest-timeout pytest-xdist
+		hypothesis lm-eval pytest pytest-timeout pytest-xdist bitsandbytes optimum-quanto torchao
 	.venv-oldest/bin/python -m pip install -q --no-deps -e . 'entmax>=1.3'
 	touch $@
 

@@ -1,15 +1,8 @@
-"""torch.export, other dtypes, and quantised loading, which leaves the length scale in full precision."""
-
-import importlib.util
+"""torch.export and other dtypes."""
 
 import pytest
 import torch
 from families import alone, assert_same, padded, prompts, tiny_model
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from transformers.pytorch_utils import Conv1D
-
-from hf_sparse_attention.length_scale import SCALE_MODULES
 
 BATCH, LENGTH = torch.export.Dim("batch", min=2, max=9), torch.export.Dim("length", min=4, max=100)
 
@@ -66,34 +59,3 @@ def test_other_dtypes(preset, convert, dtype, tolerance):
     assert logits.dtype == dtype
     assert (logits.double() - expected.double()).norm() < tolerance * expected.norm()
     model.generate(row[None], max_new_tokens=2, do_sample=False)
-
-
-def int8_config(library):
-    if library == "bitsandbytes":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_int8_leaves_the_length_scale_alone(tmp_path, library):
-    model = tiny_model(position="nape")
-    model.save_pretrained(tmp_path)
-    (row,) = prompts(13)
-    scale = {name: module for name, module in model.named_modules() if isinstance(module, SCALE_MODULES)}
-    assert len(scale) == 4
-    if importlib.util.find_spec(library) is None:
-        # What either library would replace.
-        assert not any(isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) for module in scale.values())
-        return
-    config = int8_config(library)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
-    assert type(loaded.get_parameter("model.layers.0.self_attn.q_proj.weight")) is not nn.Parameter
-    for name, module in scale.items():
-        for part, parameter in module.named_parameters():
-            actual = loaded.get_parameter(f"{name}.{part}")
-            assert type(actual) is nn.Parameter
-            assert torch.equal(actual, parameter)
-    error = alone(loaded.eval(), row) - alone(model, row)
-    assert 0 < error.norm() < 0.1 * alone(model, row).norm()

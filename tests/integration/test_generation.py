@@ -1,4 +1,7 @@
-"""Generation modes beyond greedy decoding of a padded batch, which test_invariance.py covers."""
+"""Generation modes beyond greedy decoding of a padded batch, which test_invariance.py covers.
+
+Quantised caches have their tests in test_quantization.py.
+"""
 
 import re
 
@@ -6,8 +9,7 @@ import pytest
 import torch
 from families import VOCAB, alone, prompts, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StaticCache, pipeline
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
 
 
 def greedy(model, row, steps):
@@ -69,44 +71,6 @@ def test_compiled_decode_on_a_static_cache(model):
     torch._dynamo.reset()
 
 
-class RoundedLayer(QuantizedLayer):
-    """The quantised cache of transformers, on a quantiser that needs no further library."""
-
-    def __init__(self, step):
-        super().__init__(residual_length=3)
-        self.step = step
-
-    def _quantize(self, tensor, axis):
-        return (tensor / self.step).round().to(torch.int32)
-
-    def _dequantize(self, q_tensor):
-        return q_tensor * self.step
-
-
-def test_quantized_cache(model):
-    (row,) = prompts(7)
-    expected = greedy(model, row, 9)
-    cache = Cache(layers=[RoundedLayer(1e-4) for _ in model.model.layers])
-    assert model.generate(row[None], max_new_tokens=9, do_sample=False, past_key_values=cache)[0].tolist() == expected
-    assert cache.get_seq_length() == 15
-    assert cache.layers[0]._quantized_keys.shape[-2] > 7
-
-
-def test_coarsely_quantized_cache_gives_what_stock_attention_gives(tmp_path):
-    model = tiny_model("llama", preset="softmax")
-    model.save_pretrained(tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
-    ids = torch.stack(prompts(12, 12))
-    logits = []
-    for each in (model, stock):
-        cache = Cache(layers=[RoundedLayer(0.5) for _ in each.model.layers])
-        with torch.no_grad():
-            chunks = [each(chunk, past_key_values=cache).logits for chunk in ids.split([4, 1, 1, 3, 1, 1, 1], dim=1)]
-        logits.append(torch.cat(chunks, dim=1))
-    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits[0], model(ids).logits, atol=1e-2)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloaded_cache(model, implementation):
@@ -124,7 +88,7 @@ def test_pipeline_in_batches(model):
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     rows = prompts(5, 9, 3)
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
     answers = generate(
         [tokenizer.decode(row) for row in rows], batch_size=3, max_new_tokens=4, max_length=None, do_sample=False
     )
