@@ -91,7 +91,7 @@ def prompts(*lengths: int) -> list[Tensor]:
 @torch.no_grad()
 def alone(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     """Logits (length, vocabulary) of one prompt by itself."""
-    return model(prompt[None], use_cache=False).logits[0]
+    return model(prompt[None].to(model.device), use_cache=False).logits[0]
 
 
 def padded(prompts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def arguments(path, **kwargs):
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 1,
