@@ -1,0 +1,291 @@
+"""synthetic.py trains, measures what it keeps, and survives signals and bad options."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import synthetic
+import torch
+from safetensors.torch import load_file
+from synthetic_options import EvalOptions, TaskOptions, TrainOptions
+from synthetic_training import Progress, Trainer, build_model, last_hidden_states, target_loss, train
+from tiny_run import RECIPES, as_flags
+from transformers import AutoModelForCausalLM, set_seed
+
+from hf_sparse_attention.arguments import ArgumentError, parse
+from hf_sparse_attention.evaluation.synthetic import LadderOptions, check_generation, measure
+
+TINY = {
+    "task": "n_back",
+    "attn_implementation": "asentmax",
+    "sparse_attention": {"position_encoding": "nape"},
+    "layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "heads": 4,
+    "train_lengths": [4, 12],
+    "batch_size": 64,
+    "max_steps": 500,
+    "learning_rate": 1e-2,
+    "warmup_steps": 20,
+    "logging_steps": 20,
+    "mixed_precision": "no",
+    "multiples": [1, 2, 4],
+    "samples": 100,
+}
+
+
+def run(output, **changes):
+    synthetic.main(as_flags({**TINY, "output_dir": str(output), **changes}))
+    return read(output)
+
+
+def read(output):
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def options(**changes):
+    flags = as_flags({**TINY, "output_dir": "unused", **changes})
+    return parse(TaskOptions, TrainOptions, EvalOptions, argv=flags)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output = tmp_path_factory.mktemp("synthetic") / "n_back"
+    return output, run(output)
+
+
+def test_it_learns(trained):
+    _, results = trained
+    assert results["status"] == "finished"
+    cells = results["evaluation"]["cells"]
+    assert [cell["length"] for cell in cells] == [12, 24, 48]
+    assert cells[0]["exact_match"] >= 0.95
+    assert all(cell["low"] <= cell["exact_match"] <= cell["high"] for cell in cells)
+    curve = results["training"]["curve"]
+    assert curve["step"] == list(range(20, 501, 20))
+    assert curve["loss"][-1] < 0.1 < 2 < curve["loss"][0]
+
+
+def test_results_say_how_they_were_made(trained):
+    output, results = trained
+    assert results["training"]["steps"] == 500
+    assert results["training"]["samples"] == 500 * 64
+    assert results["training"]["seconds"] > 0
+    assert results["run"]["settings"]["seed"] == 0
+    assert {"torch", "transformers", "hf_sparse_attention"} <= set(results["run"]["versions"])
+    assert results["run"]["command"].startswith("python ")
+    assert results["evaluation"]["protocol"]["samples"] == 100
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 25
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_the_saved_model_scores_the_same(trained):
+    output, results = trained
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
+    task = options()[0].evaluated_task()
+    for stored in results["evaluation"]["cells"]:
+        cell = measure(model, task, stored["length"], LadderOptions(samples=100))
+        assert (cell.exact_match, cell.token_accuracy) == (stored["exact_match"], stored["token_accuracy"])
+
+
+def test_the_card_has_the_numbers(trained):
+    output, results = trained
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert 'make_task("n_back")' in card
+    for cell in results["evaluation"]["cells"]:
+        assert f"source of {cell['length']} tokens, 100 samples" in card
+        assert f"{cell['exact_match']:.4g}" in card
+
+
+def test_bfloat16_weights_score_what_was_measured(tmp_path):
+    results = run(tmp_path / "out", max_steps=200, save_dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert model.dtype == torch.float32
+    cell = measure(model, options()[0].evaluated_task(), 12, LadderOptions(samples=100))
+    assert cell.exact_match == results["evaluation"]["cells"][0]["exact_match"]
+
+
+@pytest.mark.parametrize("preset", ["asentmax", "ssmax"])
+def test_one_forward_pass_decides_as_generation_does(preset, tmp_path):
+    """After a short training about half of the bits are right, so that both answers occur."""
+    changes = {"task": "flip_flop", "attn_implementation": preset, "train_lengths": [4, 13], "max_steps": 60}
+    results = run(tmp_path / preset, generate=8, **changes)
+    assert all(cell["generated"] == cell["generated_agree"] == 8 for cell in results["evaluation"]["cells"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / preset).eval()
+    generated, right, agree = check_generation(
+        model, options(**changes)[0].evaluated_task(), 40, LadderOptions(generate=48)
+    )
+    assert generated == agree == 48
+    assert 0 < right < 48
+
+
+@pytest.mark.parametrize("encoding", ["nape", "model"])
+@pytest.mark.parametrize("preset", ["softmax", "ssmax", "entmax", "asentmax"])
+def test_the_step_computes_what_the_model_computes(preset, encoding):
+    task_options = options(
+        task="sort", attn_implementation=preset, sparse_attention={"position_encoding": encoding}, layers=2
+    )[0]
+    model, task = build_model(task_options), task_options.trained_task()
+    samples = task.sample(5, (3, 17), torch.Generator().manual_seed(0))
+    expected = model(input_ids=samples.input_ids, labels=samples.labels, use_cache=False)
+    hidden = model.model(samples.input_ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(last_hidden_states(model, samples.input_ids), hidden, rtol=0, atol=0)
+    loss, exact = target_loss(model, *samples, task.label_tokens(17))
+    torch.testing.assert_close(loss, expected.loss)
+    assert exact == 0
+
+
+def test_same_seed_same_losses(tmp_path):
+    curves = [
+        run(tmp_path / str(i), max_steps=40, samples=0, seed=seed)["training"]["curve"]
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert curves[0]["loss"] == curves[1]["loss"] != curves[2]["loss"]
+
+
+def test_the_clock_ends_training(tmp_path):
+    began = time.monotonic()
+    results = run(tmp_path / "out", max_steps=None, max_seconds=1.5, logging_steps=5, samples=0)
+    assert 1.5 <= results["training"]["seconds"] < 3
+    assert time.monotonic() - began < 10
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    # The cosine has come to its end at the same time.
+    assert lines[-1]["learning_rate"] < 1e-5
+    assert max(line["learning_rate"] for line in lines) > 5e-3
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_saves_and_the_run_goes_on(tmp_path):
+    changes = {"max_steps": 400, "samples": 0, "logging_steps": 10}
+    undisturbed = run(tmp_path / "whole", **changes)
+    output = tmp_path / "stopped"
+    command = [
+        sys.executable,
+        str(RECIPES / "synthetic.py"),
+        *as_flags({**TINY, **changes, "output_dir": str(output)}),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = output / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume latest" in said
+    assert read(output)["status"] == f"stopped: signal {signal.SIGTERM}"
+    with pytest.raises(SystemExit):
+        run(output, **changes)
+    resumed = run(output, resume="latest", **changes)
+    assert resumed["status"] == "finished"
+    assert resumed["training"]["steps"] == 400
+    torch.testing.assert_close(resumed["training"]["curve"]["loss"][-1], undisturbed["training"]["curve"]["loss"][-1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "the loss is nan between steps" in said
+    assert "learning_rate" in said
+    assert read(tmp_path / "out")["status"].startswith("stopped: the loss is nan")
+
+
+def test_curriculum_and_alpha_reach_the_step():
+    task_options, train_options, _ = options(
+        task="copy", max_steps=8, curriculum=0.5, curriculum_length=5, train_lengths=[3, 13], alpha_share=0.5,
+        alpha_stages=2, logging_steps=1, pad_multiple=4,
+    )  # fmt: skip
+    set_seed(0)
+    trainer = Trainer(build_model(task_options), task_options.trained_task(), train_options, torch.device("cpu"))
+    limits = []
+    step = trainer.steps
+    trainer.steps = lambda limit: (limits.append(limit), step(limit))[1]
+
+    class Never:
+        number = None
+
+    lines = list(train(trainer, Progress(train_options), log=os.devnull, stop=Never))
+    assert [line["longest"] for line in lines] == [5, 7, 9, 11, 13, 13, 13, 13]
+    assert [line["alpha"] for line in lines] == [1.0, 1.0, 1.25, 1.25, 1.5, 1.5, 1.5, 1.5]
+    assert limits == [8, 8, 12, 12, 13, 13, 13, 13]
+
+
+def test_learning_rate_by_steps_and_by_the_clock():
+    _, train_options, _ = options(max_steps=100, warmup_steps=10, final_learning_rate=0.1)
+    rates = [Progress(train_options, step).rate() for step in range(101)]
+    assert rates[:10] == [(i + 1) / 10 for i in range(10)]
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    train_options.max_steps, train_options.max_seconds = None, 40.0
+    assert Progress(train_options, 10**6, seconds=25.0, warm_seconds=10.0).rate() == pytest.approx(0.55)
+    assert Progress(train_options, 5, seconds=25.0).rate() == 0.6
+    train_options.max_steps = 100
+    assert Progress(train_options, 99, seconds=0.0).share() == 0.99
+    assert Progress(train_options, 1, seconds=39.0).share() == pytest.approx(39 / 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "sorting"}, ["sorting", "sort"]),
+        ({"task": None}, ["task", "mqmtar"]),
+        ({"task_options": {"alphbet": 3}}, ["alphbet", "alphabet"]),
+        ({"train_task_options": {"alphabet": 9}}, ["train_task_options", "vocabulary"]),
+        ({"attn_implementation": "sdpa"}, ["attn_implementation", "sdpa", "asentmax"]),
+        ({"sparse_attention": {"position_encodin": "nape"}}, ["position_encodin", "position_encoding"]),
+        ({"hidden_size": 36, "heads": 8}, ["hidden_size", "36"]),
+        ({"max_steps": None}, ["max_steps", "max_seconds"]),
+        ({"train_lengths": [9, 4]}, ["train_lengths"]),
+        ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16"]),
+        ({"curriculum": 1.5}, ["curriculum", "1.5"]),
+        ({"save_dtype": "int8"}, ["save_dtype", "bfloat16"]),
+        ({"output_dir": None}, ["output_dir"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_named(changes, words):
+    with pytest.raises(ArgumentError) as error:
+        options(**changes)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_lengths_below_the_task_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", task="mqmtar", train_lengths=[3, 64])
+    assert "length is 3" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["asentmax", "softmax"])
+def test_captured_steps_train_as_eager_ones(preset):
+    losses = {}
+    for captured in (False, True):
+        task_options, train_options, _ = options(
+            task="mqmtar", attn_implementation=preset, train_lengths=[16, 64], cuda_graph=captured,
+            mixed_precision="bf16", hidden_size=64,
+        )  # fmt: skip
+        set_seed(0)
+        trainer = Trainer(
+            build_model(task_options).cuda(), task_options.trained_task(), train_options, torch.device("cuda")
+        )
+        trainer.set_lengths(16, 64)
+        trainer.set_rate(0.1)
+        steps, values = 0, []
+        while steps < 30:
+            done = trainer.steps(64)
+            steps += done
+            values.append(trainer.read()[0] / done)
+        losses[captured] = values[-1]
+        assert bool(trainer.graphs) is captured
+    assert math.isfinite(losses[True])
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
