@@ -29,7 +29,8 @@ from synthetic_report import write_report
 
 from hf_sparse_attention.arguments import ArgumentError, parse, parse_arguments, parse_mapping
 
-SCRIPT = Path(__file__).with_name("synthetic.py")
+# Relative, so that the commands in the results work in any checkout.
+SCRIPT = os.path.relpath(Path(__file__).with_name("synthetic.py"))
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Run:
     process: subprocess.Popen | None = None
 
     def command(self) -> list[str]:
-        return [str(SCRIPT), self.config, *as_flags(self.options)]
+        return [SCRIPT, self.config, *as_flags(self.options)]
 
 
 def main(argv: list[str] | None = None) -> None:
