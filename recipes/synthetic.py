@@ -72,6 +72,9 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with locked_folder(output):
+        if options.resume and read_status(output) == "finished":
+            print(f"{output} holds a finished run: nothing to do")
+            return None
         checkpoint = find_checkpoint(output, "latest") if options.resume else None
         if checkpoint is None and (output / "metrics.jsonl").exists():
             if not options.resume:
@@ -215,6 +218,12 @@ def save_model(model: LlamaForCausalLM, options: EvalOptions, output: Path) -> N
             parameter.copy_(parameter.to(dtype))
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     replace_files(output, lambda folder: model.save_pretrained(folder, state_dict=state))
+
+
+def read_status(output: Path) -> str | None:
+    """How far the run in a folder got, None if it has no results."""
+    path = output / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
 
 
 def restore(checkpoint: Path, trainer: Trainer, progress: Progress, output: Path) -> None:

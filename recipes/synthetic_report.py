@@ -51,7 +51,7 @@ def synthetic_card(config: PreTrainedConfig, results: Mapping[str, Any], output:
                 cell["exact_match"],
                 f"{results['task']}, source of {cell['length']} tokens, {cell['samples']} samples",
                 "recipes/synthetic.py",
-                hub_dataset="synthetic",
+                hub_dataset=f"synthetic-{results['task']}-{cell['length']}",
             )
             for cell in results["evaluation"]["cells"]
         ],

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import read_status
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import write_report
 
@@ -152,7 +153,7 @@ def run_all(runs: list[Run], output: Path, options: SuiteOptions) -> list[str]:
     began = shown = time.monotonic()
     devices = visible_devices()
     queues: list[deque[Run]] = [deque() for _ in devices]
-    waiting = [run for run in runs if not is_finished(run)]
+    waiting = [run for run in runs if read_status(Path(run.options["output_dir"])) != "finished"]
     for number, run in enumerate(waiting):
         pinned = [place for pattern, place in options.devices.items() if fnmatch.fnmatchcase(run.name, pattern)]
         place = (pinned[-1] if pinned else number) % len(devices)
@@ -193,11 +194,6 @@ def visible_devices() -> list[int | str | None]:
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return (named or list(range(count)))[:count] or [None]
-
-
-def is_finished(run: Run) -> bool:
-    path = Path(run.options["output_dir"]) / "results.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def start(run: Run, output: Path, threads: str) -> Run:

@@ -317,3 +317,5 @@ def train(
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         yield line
+    if stop.number is None and get_alpha(trainer.model) != target:
+        trainer.set_alpha(target)

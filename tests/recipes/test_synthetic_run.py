@@ -18,7 +18,9 @@ from tiny_run import RECIPES, as_flags
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_sparse_attention.arguments import ArgumentError, parse
+from hf_sparse_attention.evaluation import synthetic as evaluation
 from hf_sparse_attention.evaluation.synthetic import LadderOptions, check_generation, measure
+from hf_sparse_attention.training import get_alpha
 
 TINY = {
     "task": "n_back",
@@ -188,6 +190,26 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     torch.testing.assert_close(resumed["training"]["curve"]["loss"][-1], undisturbed["training"]["curve"]["loss"][-1])
 
 
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, capsys):
+    """Training is not repeated, and a finished run is left alone."""
+    changes = {"max_steps": 200, "multiples": [1, 2]}
+    with monkeypatch.context() as patch:
+        measured = evaluation.measure
+        patch.setattr(evaluation, "measure", lambda *args: measured(*args) if args[2] == 12 else sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "out", **changes)
+    cut = read(tmp_path / "out")
+    assert cut["status"] == "trained"
+    assert [cell["length"] for cell in cut["evaluation"]["cells"]] == [12]
+    curve = (tmp_path / "out" / "metrics.jsonl").read_text()
+    results = run(tmp_path / "out", resume="latest", **changes)
+    assert results["status"] == "finished"
+    assert results["evaluation"]["cells"][0]["token_accuracy"] == cut["evaluation"]["cells"][0]["token_accuracy"]
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == curve
+    run(tmp_path / "out", resume="latest", **changes)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30)
@@ -216,6 +238,19 @@ def test_curriculum_and_alpha_reach_the_step():
     assert [line["longest"] for line in lines] == [5, 7, 9, 11, 13, 13, 13, 13]
     assert [line["alpha"] for line in lines] == [1.0, 1.0, 1.25, 1.25, 1.5, 1.5, 1.5, 1.5]
     assert limits == [8, 8, 12, 12, 13, 13, 13, 13]
+
+
+def test_alpha_arrives_however_long_it_takes():
+    task_options, train_options, _ = options(max_steps=5, alpha_share=1.0, alpha_stages=2, logging_steps=1)
+    model = build_model(task_options)
+    trainer = Trainer(model, task_options.trained_task(), train_options, torch.device("cpu"))
+
+    class Never:
+        number = None
+
+    alphas = [line["alpha"] for line in train(trainer, Progress(train_options), log=os.devnull, stop=Never)]
+    assert alphas == [1.0, 1.0, 1.0, 1.25, 1.25]
+    assert get_alpha(model) == 1.5
 
 
 def test_learning_rate_by_steps_and_by_the_clock():
