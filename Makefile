@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The oldest transformers that setup.cfg allows, with what was current beside it.
-OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.4.* accelerate==1.13.* peft==0.18.*
+OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.7.* accelerate==1.13.* peft==0.18.* trl==1.0.* \
+	torchao==0.17.*
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
@@ -26,15 +27,14 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests/integration \
-		--ignore tests/integration/test_trl.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests/integration
 
 .venv-oldest/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --upgrade pip
 	.venv-oldest/bin/python -m pip install -q torch==2.13.0
 	.venv-oldest/bin/python -m pip install -q $(OLDEST) matplotlib evaluate pyyaml tensorboard \
-		hypothesis lm-eval pytest pytest-timeout pytest-xdist bitsandbytes optimum-quanto torchao
+		hypothesis lm-eval pytest pytest-timeout pytest-xdist bitsandbytes optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --no-deps -e . 'entmax>=1.3'
 	touch $@
 
