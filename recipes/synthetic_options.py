@@ -38,6 +38,12 @@ class TaskOptions:
     hidden_size: int = field(default=256, metadata=_help("width"))
     intermediate_size: int = field(default=1024, metadata=_help("width of the feed-forward layers"))
     heads: int = field(default=8, metadata=_help("attention heads; their dimension is hidden_size / heads"))
+    init_from: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder of a model of this recipe: train on from its weights, or with max_steps 0 only measure"
+        ),
+    )
     initializer_range: float = field(default=0.02, metadata=_help("standard deviation of the initial weights"))
 
     def __post_init__(self) -> None:
@@ -128,9 +134,9 @@ class TrainOptions:
             raise ArgumentError("output_dir: none given")
         if self.max_steps is None and self.max_seconds is None:
             raise ArgumentError("give max_steps, max_seconds, or both")
-        for name in ("max_steps", "batch_size", "alpha_stages", "pad_multiple", "logging_steps"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, name, value, "at least 1")
+        _check(self.max_steps is None or self.max_steps >= 0, "max_steps", self.max_steps, "at least 0")
+        for name in ("batch_size", "alpha_stages", "pad_multiple", "logging_steps"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_seconds", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, value, "above 0")

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse_attention
+from hf_sparse_attention.arguments import ArgumentError
+from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.data.synthetic import BOS, EOS, IGNORED_LABEL, PAD, Task
 from hf_sparse_attention.data.synthetic.base import uniform_below
 from hf_sparse_attention.evaluation.synthetic import target_index
@@ -32,7 +34,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 def build_model(options: TaskOptions) -> LlamaForCausalLM:
-    """A Llama with the task's vocabulary and the attention of the options, float32, on the CPU."""
+    """A Llama with the task's vocabulary and the attention of the options, float32, new or from ``init_from``.
+
+    Raises:
+        ArgumentError: the model of ``init_from`` cannot be read, or differs from the options.
+    """
     config = LlamaConfig(
         vocab_size=options.trained_task().vocab_size,
         hidden_size=options.hidden_size,
@@ -49,7 +55,22 @@ def build_model(options: TaskOptions) -> LlamaForCausalLM:
         attn_implementation=options.attn_implementation,
         sparse_attention=options.sparse_attention or {},
     )
-    return LlamaForCausalLM(config)
+    if options.init_from is None:
+        return LlamaForCausalLM(config)
+    if not (Path(options.init_from) / "config.json").is_file():
+        raise ArgumentError(f"init_from: {options.init_from} holds no model")
+    try:
+        model = LlamaForCausalLM.from_pretrained(options.init_from, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"init_from: {options.init_from} cannot be loaded: {error}") from error
+    wanted = SparseAttentionConfig.from_dict(options.sparse_attention, preset=options.attn_implementation).to_dict()
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    pairs = {name: (getattr(model.config, name), getattr(config, name)) for name in fields}
+    pairs |= {f"sparse_attention.{name}": (model.config.sparse_attention[name], wanted[name]) for name in wanted}
+    for name, (stored, asked) in pairs.items():
+        if stored != asked:
+            raise ArgumentError(f"init_from: the model has {name} {stored!r}, the options say {asked!r}")
+    return model
 
 
 def last_hidden_states(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
@@ -227,6 +248,8 @@ class Progress:
     def share(self) -> float:
         """Of the whole training, 0 to 1."""
         steps, seconds = self.options.max_steps, self.options.max_seconds
+        if steps == 0:
+            return 1.0
         return min(1.0, max(self.step / steps if steps else 0.0, self.seconds / seconds if seconds else 0.0))
 
     def rate(self) -> float:

@@ -105,6 +105,34 @@ def test_the_card_has_the_numbers(trained):
         assert f"{cell['exact_match']:.4g}" in card
 
 
+def test_a_saved_model_is_measured_and_trained_on(trained, tmp_path):
+    output, results = trained
+    again = run(tmp_path / "measured", init_from=str(output), max_steps=0, save_model=False, samples=100)
+    without_time = [{k: v for k, v in c.items() if k != "seconds"} for c in again["evaluation"]["cells"]]
+    assert without_time == [{k: v for k, v in c.items() if k != "seconds"} for c in results["evaluation"]["cells"]]
+    assert again["training"]["samples"] == 0
+    further = run(tmp_path / "further", init_from=str(output), max_steps=20, samples=0, learning_rate=1e-4)
+    assert further["training"]["curve"]["loss"][0] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 64}, ["hidden_size", "32", "64"]),
+        ({"attn_implementation": "entmax"}, ["preset", "asentmax", "entmax"]),
+        ({"sparse_attention": {"position_encoding": "nope"}}, ["position_encoding", "nape", "nope"]),
+        ({"task": "copy"}, ["vocab_size", "20", "36"]),
+        ({"init_from": "nowhere"}, ["nowhere"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_saved_model_must_fit(trained, tmp_path, capsys, changes, words):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", **{"init_from": str(trained[0]), **changes})
+    said = capsys.readouterr().err
+    assert all(word in said for word in ["init_from", *words])
+
+
 def test_bfloat16_weights_score_what_was_measured(tmp_path):
     results = run(tmp_path / "out", max_steps=200, save_dtype="bfloat16")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
