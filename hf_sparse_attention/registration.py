@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import GenerationMixin
@@ -190,4 +191,7 @@ def _preprocess_mask_arguments(
     """Packed documents need no mask of length x length: attention reads their boundaries from the position ids."""
     if config._attn_implementation in PRESETS:
         position_ids = None
+        if torch.compiler.is_compiling() and config.sparse_attention is not None:
+            # Read before the layers: torch cannot share a number that changes between graphs of checkpointed layers.
+            SparseAttentionConfig(**config.sparse_attention)
     return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)

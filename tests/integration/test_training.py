@@ -82,6 +82,46 @@ def test_trainer_trains_resumes_and_evaluates(tmp_path):
         torch.testing.assert_close(a, b)
 
 
+# Options of Trainer and how far they may move the losses, relatively.
+WAYS = {
+    "bf16": ({"bf16": True}, 0.03),
+    "checkpointing": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        1e-5,
+    ),
+    "reentrant": ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-5),
+    "compiled": ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
+    "all": (
+        {"bf16": True, "gradient_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
+        0.03,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("options", "tolerance"), WAYS.values(), ids=WAYS)
+def test_trainer_in_every_way_has_the_same_losses(tmp_path, options, tolerance):
+    """With the alpha schedule, weight decay and an evaluation after each step; a compiled model is compiled anew."""
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(2, 34).view(4, 8).repeat(2, 1)]
+
+    def run(**options):
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(tiny_config(attn_implementation="asentmax"))
+        torch._dynamo.reset()
+        callback = AlphaScheduleCallback(model, steps=3)
+        args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, weight_decay=0.1, **options)
+        trainer = SparseAttentionTrainer(model, args, train_dataset=data, eval_dataset=data[:3], callbacks=[callback])
+        trainer.train()
+        torch._dynamo.reset()
+        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        return losses(trainer) + evaluations
+
+    expected = run()
+    assert len(expected) == 8
+    assert expected[3] < expected[0] - 0.1
+    assert run(**options) == pytest.approx(expected, rel=tolerance)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing(use_reentrant):
     model = tiny_model(position="nape").train()
