@@ -47,7 +47,9 @@ def sparse_attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
             return None
         kwargs["local_size"] = None
     mask = sdpa_mask(*args, **kwargs)
-    return None if mask is None else mask.view(_GENERATED)
+    if mask is None:
+        return None
+    return mask.to(_GENERATED) if torch.compiler.is_compiling() else mask.view(_GENERATED)
 
 
 def _is_causal_only(
@@ -186,7 +188,7 @@ def _with_mask(
 
 
 def _has_no_holes(answer: Tensor, is_generated: bool) -> bool:
-    """The value of ``answer``; compiled code, which cannot read it, makes sure of it on a GPU and gives up elsewhere."""
+    """The value of ``answer``; compiled code, which cannot read it, makes sure of it on a GPU, elsewhere says no."""
     if not torch.compiler.is_compiling():
         return bool(answer)
     if not (is_generated and answer.is_cuda):
@@ -270,7 +272,8 @@ def _as_bool(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if mask.dtype == _GENERATED:
-        return mask.view(torch.bool)
+        # Compiled code cannot always reinterpret bytes as bool.
+        return mask != 0 if torch.compiler.is_compiling() else mask.view(torch.bool)
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}.")
     visible = mask > torch.finfo(torch.float16).min / 2

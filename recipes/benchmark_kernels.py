@@ -188,7 +188,7 @@ def empty_share(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None
     length = query.shape[2]
     end = torch.arange(1, length + 1, device="cuda", dtype=torch.int32)[None]
     arguments = (query, key, value, None, slopes, torch.zeros_like(end), end, None)
-    counts = forward_op(*arguments, 1.5, query.shape[3] ** -0.5, True)[4]
+    counts = forward_op(*arguments, 1.5, query.shape[3] ** -0.5, True)[4].view(query.shape[0] * query.shape[1], -1)
     tiles = tiling(query.shape[3], DTYPE)
     last = (torch.arange(1, counts.shape[1] + 1, device="cuda") * tiles.rows).clamp(max=length)
     return 1 - counts.sum().item() / (counts.shape[0] * last.div(tiles.columns).ceil().sum().item())

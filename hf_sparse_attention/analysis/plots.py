@@ -31,7 +31,7 @@ def plot_against_length(path: Path, results: Mapping[str, Mapping[str, Any]], tr
     figure, (panels,) = figure_grid(1, len(_LABELS), width=14.0, height=4.6)
     for axes, (measure, label) in zip(panels, _LABELS.items(), strict=True):
         for number, (name, result) in enumerate(results.items()):
-            keys = torch.tensor(result["keys"]).nanmean(0).tolist()
+            keys = torch.tensor(result["keys"], device="cpu").nanmean(0).tolist()
             summary = by_head_type(result, measure)
             for kind, curve in summary.items():
                 style = {"color": f"C{number}", "linestyle": "--" if kind == "ALiBi" else "-"}
@@ -64,15 +64,19 @@ def plot_length_scales(path: Path, results: Mapping[str, Mapping[str, Any]]) -> 
     Returns:
         Whether there was one, and so a picture.
     """
-    scaled = {name: result for name, result in results.items() if not torch.tensor(result["beta"]).isnan().all()}
+    scaled = {
+        name: result
+        for name, result in results.items()
+        if not torch.tensor(result["beta"], device="cpu").isnan().all()
+    }
     if not scaled:
         return False
-    first = torch.tensor(next(iter(scaled.values()))["beta"])
+    first = torch.tensor(next(iter(scaled.values()))["beta"], device="cpu")
     height = (1.1 + 0.25 * first.shape[0]) * len(scaled)
     figure, grid = figure_grid(len(scaled), 2, width=3.0 + 0.5 * first.shape[1], height=height)
     for row, (name, result) in zip(grid, scaled.items(), strict=True):
         for axes, parameter, cmap in zip(row, ("beta", "gamma"), ("viridis", "RdBu_r"), strict=True):
-            values = torch.tensor(result[parameter])
+            values = torch.tensor(result[parameter], device="cpu")
             # gamma has a sign: its colours are centred on 0
             limit = max(values.nan_to_num().abs().max().item(), 1e-6)
             low = {"vmin": -limit, "vmax": limit} if parameter == "gamma" else {"vmin": 0.0}

@@ -199,8 +199,8 @@ def test_attention_map():
         attentions = model(tokens[None], output_attentions=True).attentions
     for layer, window in ((0, 5), (-1, 14)):
         weights, visible = attention_map(model, tokens, layer, -2)
-        torch.testing.assert_close(weights, attentions[layer][0, 4])
-        index = torch.arange(14)
+        torch.testing.assert_close(weights, attentions[layer][0, 4].cpu())
+        index = torch.arange(14, device="cpu")
         distance = index[:, None] - index
         assert torch.equal(visible, (distance >= 0) & (distance < window))
         assert not weights[~visible].any()

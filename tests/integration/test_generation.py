@@ -94,7 +94,8 @@ def test_pipeline_in_batches(model):
     )
     for row, (answer,) in zip(rows, answers):
         tokens = [int(number) for number in re.findall(r"\d+", answer["generated_text"])]
-        assert tokens == greedy(model, row, 4)
+        # Texts leave out padding tokens.
+        assert tokens == [token for token in greedy(model, row, 4) if token != 0]
 
 
 def test_continuous_batching_is_refused(model):

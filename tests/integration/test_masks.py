@@ -15,7 +15,7 @@ NOTHING = {"is_causal": True, "sliding_window": None, "position_ids": None, "cu_
 def generated(padding):
     """The mask that transformers makes for one row of 6 tokens with this padding."""
     return sparse_attention_mask(
-        batch_size=1, q_length=6, kv_length=6, attention_mask=torch.tensor([padding]).bool(), device="cpu"
+        batch_size=1, q_length=6, kv_length=6, attention_mask=torch.tensor([padding]).bool(), device=QUERY.device
     )
 
 

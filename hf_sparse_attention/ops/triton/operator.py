@@ -111,8 +111,8 @@ def forward_op(
 
     Returns:
         output (B, Hq, Lq, Dv); mean of values under ``x^(beta-1)``, same shape; rows (4, B * Hq, Lq rounded up to
-        tiles) float32: scale, reference, offset, inverse normaliser; list (B * Hq, query tiles, key tiles), its
-        lengths, and flags.
+        tiles) float32: scale, reference, offset, inverse normaliser; for each head and tile of queries a list of
+        key tiles, its length, and flags, flattened.
     """
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
@@ -125,9 +125,9 @@ def forward_op(
     # The sparse kernels hand each other rows and candidates; softmax writes them for the backward only.
     keep = training or sparse
     rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
-    lists = out.new_empty((heads, q_tiles, k_tiles) if keep else 0, dtype=_list_dtype(q_tiles, k_tiles))
-    counts = out.new_empty((heads, q_tiles) if keep else 0, dtype=torch.int32)
-    flags = out.new_zeros((heads, q_tiles, k_tiles) if training else 0, dtype=torch.uint8)
+    lists = out.new_empty(heads * q_tiles * k_tiles if keep else 0, dtype=_list_dtype(q_tiles, k_tiles))
+    counts = out.new_empty(heads * q_tiles if keep else 0, dtype=torch.int32)
+    flags = out.new_zeros(heads * q_tiles * k_tiles if training else 0, dtype=torch.uint8)
     state = (mean, rows, lists, counts, flags)
     if out.numel() == 0:
         return out, *(state if training else _no_state(state))
@@ -156,15 +156,18 @@ def forward_op(
     limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
     factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
     norms = None if slopes is None else _key_norms(key, tiles.columns)
+    # What the output kernel writes there comes after the solver has read them.
+    start, flatness = scale, inverse
     excess = rows.new_empty(heads, q_tiles, k_tiles)
     scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, CHUNK.value)
     sweep_kernel[grid](
-        query, key, query_scale, slopes, norms, *visible, reference, offset, lists, excess, scratch, counts,
+        query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
+        lists, excess, scratch, counts,
         *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE,
         **common, **tiles.sweep.options(),
     )  # fmt: skip
     solve_kernel[grid](
-        query, key, query_scale, slopes, *visible, reference, offset, lists, counts,
+        query, key, query_scale, slopes, *visible, reference, offset, start, flatness, lists, counts,
         *_strides(query, key), *places, *factors, limits[query.dtype],
         KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
     )  # fmt: skip
@@ -201,13 +204,14 @@ def _(query, key, value, query_scale, slopes, key_start, key_end, query_position
     heads, q_tiles, k_tiles, tile_rows = _list_shapes(query, key, value)
     out = _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
     mean = torch.empty_like(out) if training and alpha != 1.0 else out.new_empty(0)
-    lists = (heads, q_tiles, k_tiles) if training else 0
+    # One dimension: compilers would ask of each of several whether it is 1.
+    lists = heads * q_tiles * k_tiles if training else 0
     return (
         out,
         mean,
         out.new_empty((4, heads, q_tiles * tile_rows) if training else (4, 0), dtype=torch.float32),
         out.new_empty(lists, dtype=_list_dtype(q_tiles, k_tiles)),
-        out.new_empty((heads, q_tiles) if training else 0, dtype=torch.int32),
+        out.new_empty(heads * q_tiles if training else 0, dtype=torch.int32),
         out.new_empty(lists, dtype=torch.uint8),
     )
 

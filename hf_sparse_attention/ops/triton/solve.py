@@ -8,40 +8,15 @@ from .threshold import (
     SPARSEMAX,
     UNREACHABLE,
     converged,
-    curvature,
-    curvature_flatness,
     highest_offset,
-    power_step,
     powers,
     secant_flatness,
     solve_step,
 )
 from .tiles import head_base, load_query, margin, positions_of, schedule, tile_scores, visible_keys
 
-# Enough for bisection to reach float32 resolution; a pilot and one more pass are usual.
+# Enough for bisection to reach float32 resolution; two are usual.
 MAX_PASSES = tl.constexpr(40)
-# A list of at least this many tiles starts with a pilot pass over every PILOT-th tile, of eight times as many tiles
-# over half as large a share.
-PILOT_FROM = tl.constexpr(8)
-PILOT = tl.constexpr(4)
-
-
-@triton.jit
-def excesses(
-    LIST, index, part, q, K, stride_kn, hi, cols, dims, start, end, position, raw_slope, slope, c, tau, t,
-    COLUMNS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``max(s - tau, 0)`` of one part of a listed tile. # [BM, BN]"""
-    entry = tl.load(LIST + index).to(tl.int32)
-    fix = (entry & 1) != 0
-    if HAS_SLOPES:
-        fix = fix | (slope != 0)
-    a = tile_scores(
-        q, K, stride_kn, (entry >> 1) * COLUMNS + part * BN, hi, cols, dims, start, end, position, raw_slope, fix,
-        D, DP, HAS_SLOPES, PRECISION,
-    )  # fmt: skip
-    return tl.maximum(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT), 0.0)
 
 
 @triton.jit(
@@ -51,7 +26,7 @@ def excesses(
     ]
 )  # fmt: skip
 def solve_kernel(
-    Q, K, QUERY_SCALE, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS, REFERENCE, OFFSET, LIST, COUNT,
+    Q, K, QUERY_SCALE, SLOPES, KEY_START, KEY_END, QUERY_POSITIONS, REFERENCE, OFFSET, START, FLATNESS, LIST, COUNT,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta, tolerance,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
@@ -87,65 +62,47 @@ def solve_kernel(
     LIST += tile_index * k_tiles
 
     reference = tl.load(REFERENCE + slot)
-    t = tl.load(OFFSET + slot)
-    found = t < UNREACHABLE
-    top = tl.where(found, highest_offset(reference), t)
-    lo_t = t
-    hi_t = top
-    flatness = tl.zeros([BM], tl.float32)
-    trust = flatness
-    former_f = flatness
-    former_d = flatness
+    lo_t = tl.load(OFFSET + slot)
+    found = lo_t < UNREACHABLE
+    hi_t = tl.where(found, highest_offset(reference), lo_t)
+    top = hi_t
+    t = tl.where(found, tl.load(START + slot), lo_t)
+    flatness = tl.load(FLATNESS + slot)
+    trust = tl.where(flatness < 0, 0.0, ESTIMATED)
+    flatness = tl.abs(flatness)
+    former_f = tl.zeros([BM], tl.float32)
+    former_d = former_f
     count = tl.load(COUNT + tile_index)
-    step = tl.where(count < PILOT_FROM, 1, tl.where(count < 8 * PILOT_FROM, PILOT, 2 * PILOT))
     unsolved = count
     passes = 0
     while (unsolved > 0) & (passes < MAX_PASSES):
         tau = reference if EXACT else reference + t
         f = tl.zeros([BM], tl.float32)
         d = tl.zeros([BM], tl.float32)
-        if passes == 0:
-            # The first entry is the diagonal, where there is one: it stands for itself only.
-            e = tl.zeros([BM], tl.float32)
-            visits = 1 + (count - 1) // step
-            share = (count - 1).to(tl.float32) / tl.maximum(visits - 1, 1)
-            for i in tl.range(0, visits * PARTS, num_stages=STAGES):
-                x = excesses(
-                    LIST, i // PARTS * step, i % PARTS, q, K, stride_kn, hi, cols, dims, start, end, position,
-                    raw_slope, slope, c, tau, t, PARTS * BN, BN, D, DP, HAS_SLOPES, EXACT, PRECISION,
-                )  # fmt: skip
-                p, u = powers(x, beta, KIND)
-                weight = tl.where(i < PARTS, 1.0, share)
-                f += weight * tl.sum(p, 1)
-                d += weight * tl.sum(u, 1)
-                e += weight * tl.sum(curvature(x, beta, KIND), 1)
-            flatness = curvature_flatness(f, d, e, beta)
-            trust = tl.where(f > 0, tl.where(step > 1, ESTIMATED, 1.0), 0.0)
-        else:
-            for i in tl.range(0, count * PARTS, num_stages=STAGES):
-                x = excesses(
-                    LIST, i // PARTS, i % PARTS, q, K, stride_kn, hi, cols, dims, start, end, position, raw_slope,
-                    slope, c, tau, t, PARTS * BN, BN, D, DP, HAS_SLOPES, EXACT, PRECISION,
-                )  # fmt: skip
-                p, u = powers(x, beta, KIND)
-                f += tl.sum(p, 1)
-                d += tl.sum(u, 1)
-            if (KIND != SPARSEMAX) & (passes > 1):
-                flatness, trust = secant_flatness(f, d, former_f, former_d, flatness, trust)
-        if step > 1:
-            # Estimated sums move the start, but bound nothing.
-            t_new = tl.minimum(tl.maximum(t + power_step(f, d, flatness, beta), lo_t), top)
-            open_rows = found
-            step = 1
-        else:
-            t_new, lo_t, hi_t = solve_step(t, lo_t, hi_t, f, d, flatness, beta, KIND)
-            t_new = tl.minimum(t_new, top)
-            # A step below the resolution of tau changes nothing.
-            stuck = t_new == t if EXACT else (reference + t_new) == tau
-            open_rows = found & (~converged(f, flatness, trust, beta, tolerance, KIND)) & (~stuck)
+        for i in tl.range(0, count * PARTS, num_stages=STAGES):
+            entry = tl.load(LIST + i // PARTS).to(tl.int32)
+            first = (entry >> 1) * (PARTS * BN) + (i % PARTS) * BN
+            fix = (entry & 1) != 0
+            if HAS_SLOPES:
+                fix = fix | (slope != 0)
+            a = tile_scores(
+                q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, fix,
+                D, DP, HAS_SLOPES, PRECISION,
+            )  # fmt: skip
+            x = tl.maximum(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT), 0.0)
+            p, u = powers(x, beta, KIND)
+            f += tl.sum(p, 1)
+            d += tl.sum(u, 1)
+        if KIND != SPARSEMAX:
+            flatness, trust = secant_flatness(f, d, former_f, former_d, flatness, trust)
+        t_new, lo_t, hi_t = solve_step(t, lo_t, hi_t, f, d, flatness, beta, KIND)
+        t_new = tl.minimum(t_new, top)
+        # A step below the resolution of tau changes nothing.
+        stuck = t_new == t if EXACT else (reference + t_new) == tau
+        open_rows = found & (~converged(f, flatness, trust, beta, tolerance, KIND)) & (~stuck)
+        unsolved = tl.max(open_rows.to(tl.int32), 0)
         former_f = f
         former_d = d
-        unsolved = tl.max(open_rows.to(tl.int32), 0)
         t = tl.where(found, t_new, t)
         passes += 1
-    tl.store(OFFSET + slot, t)
+    tl.store(OFFSET + slot, tl.where(passes > 0, t, lo_t))

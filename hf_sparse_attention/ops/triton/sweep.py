@@ -3,13 +3,27 @@
 import triton
 import triton.language as tl
 
-from .threshold import NOTHING, UNREACHABLE, highest_offset, raise_bound
+from .threshold import (
+    NOTHING,
+    UNREACHABLE,
+    curvature,
+    curvature_flatness,
+    highest_offset,
+    newton_step,
+    power_step,
+    powers,
+    raise_bound,
+)
 from .tiles import head_base, load_query, load_tile, positions_of, schedule, tile_scores, visible_keys
 
 # Tiles, or entries of a list, that are treated at once.
 CHUNK = tl.constexpr(128)
 # Rows whose scores are compared with their bounds as one: those of one warp.
 ROW_GROUP = tl.constexpr(16)
+# Sums over the largest scores of tiles stand for so many times themselves.
+MAXIMA = tl.constexpr(2.0)
+# Largest flatness with which the solver's start is extrapolated.
+STEEPEST = tl.constexpr(0.9)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "heads", "k_len", "tiles"])
@@ -64,7 +78,7 @@ def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, 
 )  # fmt: skip
 def sweep_kernel(
     Q, K, QUERY_SCALE, SLOPES, NORMS, KEY_START, KEY_END, QUERY_POSITIONS,
-    REFERENCE, OFFSET, LIST, EXCESS, SCRATCH, COUNT,
+    REFERENCE, OFFSET, START, FLATNESS, LIST, EXCESS, SCRATCH, COUNT,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -74,7 +88,8 @@ def sweep_kernel(
     """Candidate tiles of BM queries of one head, and per row the maximum and a lower bound of the threshold.
 
     Grid: (q_tiles * batch * q_heads,). REFERENCE receives the row maximum in units of ``(alpha - 1) z``, OFFSET the
-    bound relative to it, LIST entries ``2 * tile + (some row does not see the whole tile)``. ``scale`` is
+    bound relative to it, START where the solver should start, FLATNESS the flatness there (negative where it is not
+    known: see ``power_step``), LIST entries ``2 * tile + (some row does not see the whole tile)``. ``scale`` is
     ``(alpha - 1) * scaling``.
     """
     q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
@@ -161,10 +176,14 @@ def sweep_kernel(
         if i < 2:
             first_t = t
 
-    # The rest is compared with the bounds that stand now, without a branch: only by how much each tile exceeds them is
-    # kept, for each group of rows, and looked at after every CHUNK tiles.
+    # The rest is compared with the bounds that stand now, without a branch: by how much each tile exceeds them is kept
+    # for each group of rows, and looked at after every CHUNK tiles. The sums go over the largest score of each tile.
     early_t = t
     early_count = count
+    f = tl.zeros([BM], tl.float32)
+    d = tl.zeros([BM], tl.float32)
+    e = tl.zeros([BM], tl.float32)
+    bounded = early_t > NOTHING
     group_index = tl.arange(0, BM // ROW_GROUP)
     SCRATCH += tile_index * (CHUNK * (BM // ROW_GROUP))
     for base in range(0, full - sampled, CHUNK):
@@ -181,6 +200,11 @@ def sweep_kernel(
             )  # fmt: skip
             a_max = tl.max(a, 1) * c
             m = tl.maximum(m, a_max)
+            x = tl.where(bounded, tl.maximum(a_max - early_t, 0.0), 0.0)
+            p, u = powers(x, beta, KIND)
+            f += p
+            d += u
+            e += curvature(x, beta, KIND)
             tl.store(SCRATCH + i * (BM // ROW_GROUP) + group_index, group_max(a_max - early_t, BM))
         tl.debug_barrier()
         t = tl.where(live, tl.maximum(t, m - 1.0), t)
@@ -195,6 +219,13 @@ def sweep_kernel(
         tl.store(LIST + slots, (2 * tile).to(LIST.dtype.element_ty), mask=keep > 0)
         tl.store(EXCESS + slots, excess, mask=keep > 0)
         count += tl.sum(keep, 0)
+
+    newton_t = early_t + newton_step(f, d, beta, KIND)
+    t = tl.where(live, tl.maximum(t, newton_t), t)
+    flatness = tl.minimum(curvature_flatness(f, d, e, beta), STEEPEST)
+    # Where the largest score alone bounds best, few others matter.
+    guess = tl.where(m - 1.0 > newton_t, t, early_t + power_step(f * MAXIMA, d * MAXIMA, flatness, beta))
+    guess = tl.maximum(tl.minimum(guess, 0.5 * (t + m)), t)
 
     # A tile whose scores exceeded former bounds by less than every bound has risen since cannot hold support.
     risen_first = tl.min(tl.where(live, t - first_t, float("inf")), 0)
@@ -214,4 +245,6 @@ def sweep_kernel(
     found = live & (m > NOTHING)
     tl.store(REFERENCE + slot, tl.where(found, m, 0.0))
     tl.store(OFFSET + slot, tl.where(found, tl.minimum(t - m, highest_offset(m)), UNREACHABLE))
+    tl.store(START + slot, tl.where(found, tl.minimum(guess - m, highest_offset(m)), 0.0))
+    tl.store(FLATNESS + slot, tl.where(f > 0, flatness, -flatness))
     tl.store(COUNT + tile_index, kept)
