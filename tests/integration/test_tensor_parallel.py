@@ -1,8 +1,9 @@
-"""Tensor parallelism over two processes (gloo) gives the logits and gradients of one process."""
+"""Tensor parallelism over two and four processes (gloo) gives the logits and gradients of one process."""
 
 import subprocess
 import sys
 
+import pytest
 import torch
 from families import prompts, tiny_model
 
@@ -34,25 +35,32 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(tmp_path):
-    cases = {"asentmax": {}, "nape": {"position": "nape"}, "ssmax": {"preset": "ssmax"}}
+CASES = {
+    2: {"asentmax": {}, "nape": {"position": "nape"}, "ssmax": {"preset": "ssmax"}},
+    # As many as there are key heads.
+    4: {"nape": {"position": "nape", "num_attention_heads": 8, "num_key_value_heads": 4}},
+}
+
+
+@pytest.mark.parametrize("processes", CASES)
+def test_processes_equal_one(tmp_path, processes):
     expected = {}
-    for name, case in cases.items():
+    for name, case in CASES[processes].items():
         folder = tmp_path / name
         model, ids = tiny_model(**case), torch.stack(prompts(9, 9))
         model.save_pretrained(folder)
         torch.save(ids, folder / "ids.pt")
         out = model(ids, labels=ids, use_cache=False)
         out.loss.backward()
-        expected[str(folder)] = out.logits.detach(), model.model.norm.weight.grad
+        expected[str(folder)] = out.logits.detach(), model.model.norm.weight.grad, model.config.num_attention_heads
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run([*command, *expected], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = subprocess.run([*command, str(script), *expected], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    for folder, results in torch.load(tmp_path / "asentmax" / "results.pt").items():
-        logits, norm = expected[folder]
-        assert results["heads"] == 3
+    for folder, results in torch.load(f"{next(iter(expected))}/results.pt").items():
+        logits, norm, heads = expected[folder]
+        assert results["heads"] == heads / processes
         torch.testing.assert_close(results["logits"], logits, atol=1e-4, rtol=1e-4)
         gradient = results["norm"].full_tensor() if hasattr(results["norm"], "full_tensor") else results["norm"]
         torch.testing.assert_close(gradient, norm, atol=1e-4, rtol=1e-4)
