@@ -28,16 +28,16 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
     """Hold a folder; the system frees it when the process ends, however it ends.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be written.
+        OSError: another process holds it, or it cannot be written.
     """
     lock = filelock.FileLock(Path(folder) / ".lock", timeout=0)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout as error:
-        raise CheckpointError(f"{folder}: another process is writing to this folder") from error
+        raise OSError(f"{folder}: another process is writing to this folder") from error
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise OSError(f"{folder}: cannot be written ({error.strerror or error})") from error
     try:
         yield
     finally:
@@ -90,8 +90,7 @@ def write_checkpoint(
         wait()
         if is_main:
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            entries = {name: _describe(temporary / name) for name in _files(temporary)}
-            (temporary / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+            write_manifest(temporary)
             _remove(target)
             temporary.rename(target)
         wait()
@@ -101,6 +100,12 @@ def write_checkpoint(
         last = next(reversed(list_checkpoints(target.parent)), None)
         kept = f"the last good state is {last}" if last else "there is no earlier state"
         raise CheckpointError(f"{target}: could not be written ({error}); {kept}") from error
+
+
+def write_manifest(folder: Path) -> None:
+    """Note size and checksum of every file, for :func:`read_state`."""
+    entries = {name: _describe(folder / name) for name in _files(folder) if name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

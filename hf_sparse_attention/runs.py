@@ -7,14 +7,13 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-
-from .checkpoints import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,8 +39,9 @@ class MetricsLog:
         if accelerator.is_main_process and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
+            with _naming(path):
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
 
     def add(self, loss: float, tokens: int, seconds: float) -> None:
         """Note one optimizer step."""
@@ -68,13 +68,19 @@ class MetricsLog:
     def append(self, step: int, values: dict[str, float]) -> None:
         """A line with these values alone."""
         if self.accelerator.is_main_process:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **values}) + "\n")
-            except OSError as error:  # of a full disk does not name the file
-                raise CheckpointError(f"{self.path}: could not be written ({error})") from error
+            with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log(values, step=step)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The error of a full disk does not name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def _step_of(line: str) -> float:
@@ -133,7 +139,7 @@ def replace_files(folder: Path, write: Callable[[Path], Any]) -> list[str]:
         The file names.
 
     Raises:
-        CheckpointError: something could not be written.
+        OSError: something could not be written; ``folder`` holds what it held before.
     """
     temporary = folder / ".files.tmp"
     try:
@@ -144,6 +150,6 @@ def replace_files(folder: Path, write: Callable[[Path], Any]) -> list[str]:
             os.replace(temporary / name, folder / name)
         return names
     except Exception as error:  # safetensors and tokenizers have error types of their own
-        raise CheckpointError(f"{folder}: could not be written ({error})") from error
+        raise OSError(f"{folder}: could not be written ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -26,6 +26,7 @@ from hf_sparse_attention.analysis.plots import (
     plot_length_scales,
 )
 from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.checkpoints import locked_folder
 from hf_sparse_attention.data import DataError, load_documents
 from hf_sparse_attention.evaluation.checkpoints import (
     DTYPES,
@@ -37,6 +38,7 @@ from hf_sparse_attention.evaluation.checkpoints import (
     training_length,
 )
 from hf_sparse_attention.evaluation.report import format_number, format_table, run_record, write_json
+from hf_sparse_attention.runs import replace_files
 
 
 @dataclass
@@ -113,11 +115,12 @@ def main() -> None:
             raise ValueError("models: give at least one checkpoint, or --experiments, which needs none.")
         if args.models and not args.data:
             raise ValueError("data: the models need a text to read.")
-        if args.models:
-            analyze_checkpoints(args, accelerator)
-        if args.experiments:
-            experiment(args, accelerator)
-    except (CheckpointError, DataError, ValueError) as error:
+        with locked_folder(args.output_dir):
+            if args.models:
+                analyze_checkpoints(args, accelerator)
+            if args.experiments:
+                experiment(args, accelerator)
+    except (CheckpointError, DataError, OSError, ValueError) as error:
         sys.exit(f"analyze.py: error: {error}")
     accelerator.end_training()
 
@@ -157,13 +160,15 @@ def analyze_checkpoints(args: AnalyzeArguments, accelerator: Accelerator) -> Non
     folder = Path(args.output_dir)
     table = summarize(results)
     record = run_record(dataclasses.asdict(args), accelerator.device, accelerator.num_processes)
-    write_json(folder / "analysis.json", {"train_length": train_length, "checkpoints": results, "run": record})
-    (folder / "analysis.md").write_text(table + "\n", encoding="utf-8")
-    plot_against_length(folder / "analysis.png", results, train_length)
-    plot_attention_maps(folder / "attention.png", maps)
-    written = ["analysis.json", "analysis.md", "analysis.png", "attention.png"]
-    if plot_length_scales(folder / "length_scale.png", results):
-        written.append("length_scale.png")
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "analysis.json", {"train_length": train_length, "checkpoints": results, "run": record})
+        (temporary / "analysis.md").write_text(table + "\n", encoding="utf-8")
+        plot_against_length(temporary / "analysis.png", results, train_length)
+        plot_attention_maps(temporary / "attention.png", maps)
+        plot_length_scales(temporary / "length_scale.png", results)
+
+    written = replace_files(folder, write)
     print(f"\n{table}\n\nWritten: {', '.join(str(folder / name) for name in written)}")
 
 
@@ -212,11 +217,15 @@ def experiment(args: AnalyzeArguments, accelerator: Accelerator) -> None:
     content = run_experiments(args.entropy_lengths, args.early_token_lengths, args.seed)
     folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), accelerator.device, accelerator.num_processes)
-    write_json(folder / "experiments.json", {**content, "run": record})
     table = summarize_experiments(content)
-    (folder / "experiments.md").write_text(table + "\n", encoding="utf-8")
-    plot_experiments(folder / "experiments.png", content)
-    print(f"\n{table}\n\nWritten: {', '.join(str(folder / f'experiments.{end}') for end in ('json', 'md', 'png'))}")
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "experiments.json", {**content, "run": record})
+        (temporary / "experiments.md").write_text(table + "\n", encoding="utf-8")
+        plot_experiments(temporary / "experiments.png", content)
+
+    written = replace_files(folder, write)
+    print(f"\n{table}\n\nWritten: {', '.join(str(folder / name) for name in written)}")
 
 
 def summarize_experiments(content: dict) -> str:

@@ -9,6 +9,7 @@ needle.png and the answers of each checkpoint into output_dir.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.checkpoints import locked_folder
 from hf_sparse_attention.data import DataError, load_documents
 from hf_sparse_attention.evaluation.checkpoints import (
     DTYPES,
@@ -36,6 +38,7 @@ from hf_sparse_attention.evaluation.needles import NeedleAnswer, cached_samples,
 from hf_sparse_attention.evaluation.plots import plot_needles
 from hf_sparse_attention.evaluation.report import format_table, run_record, write_json
 from hf_sparse_attention.metrics.needle_recall.needle_recall import NeedleRecall
+from hf_sparse_attention.runs import replace_files
 
 BUNDLED_ESSAYS = os.path.relpath(Path(__file__).parent / "data" / "haystack.txt")
 
@@ -126,8 +129,9 @@ def main() -> None:
     (args,) = parse_arguments(NeedleArguments, description=__doc__)
     accelerator = Accelerator()
     try:
-        evaluate(args, accelerator)
-    except (CheckpointError, DataError, ValueError) as error:
+        with locked_folder(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+            evaluate(args, accelerator)
+    except (CheckpointError, DataError, OSError, ValueError) as error:
         sys.exit(f"needle.py: error: {error}")
     accelerator.end_training()
 
@@ -215,7 +219,7 @@ def evaluate(args: NeedleArguments, accelerator: Accelerator) -> None:
 
 def recall_grid(answers: list[NeedleAnswer], task: str, lengths: list[int], depths: list[float]) -> list[list[float]]:
     """Recall with one row per depth and one column per length."""
-    metric = NeedleRecall()
+    metric = NeedleRecall(keep_in_memory=True)
 
     def cell(length: int, depth: float) -> float:
         here = [a for a in answers if (a.task, a.length, a.depth) == (task, length, depth)]
@@ -248,13 +252,17 @@ def save(
     )
     folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), accelerator.device, accelerator.num_processes)
-    write_json(folder / "needle.json", {"protocol": protocol, "checkpoints": results, "run": record})
-    (folder / "needle.md").write_text(table + "\n", encoding="utf-8")
-    for name, found in answers.items():
-        lines = (json.dumps(dataclasses.asdict(answer), ensure_ascii=False) for answer in found)
-        (folder / f"answers_{name.replace('/', '_')}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     grids = {name: result["recall"] for name, result in results.items()}
-    plot_needles(folder / "needle.png", grids, lengths, depths, train_length)
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "needle.json", {"protocol": protocol, "checkpoints": results, "run": record})
+        (temporary / "needle.md").write_text(table + "\n", encoding="utf-8")
+        for name, found in answers.items():
+            lines = (json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in found)
+            (temporary / f"answers_{name.replace('/', '_')}.jsonl").write_text("".join(lines), encoding="utf-8")
+        plot_needles(temporary / "needle.png", grids, lengths, depths, train_length)
+
+    replace_files(folder, write)
     print(f"\n{table}\n\nWritten: {folder / 'needle.json'}, {folder / 'needle.md'}, {folder / 'needle.png'}")
 
 

@@ -9,6 +9,7 @@ and perplexity.png into output_dir.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -20,6 +21,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.checkpoints import locked_folder
 from hf_sparse_attention.data import DataError, load_documents
 from hf_sparse_attention.evaluation.checkpoints import (
     DTYPES,
@@ -43,6 +45,7 @@ from hf_sparse_attention.evaluation.perplexity import (
 from hf_sparse_attention.evaluation.plots import plot_perplexity
 from hf_sparse_attention.evaluation.report import format_number, format_table, run_record, write_json
 from hf_sparse_attention.metrics.perplexity_by_length.perplexity_by_length import PerplexityByLength
+from hf_sparse_attention.runs import replace_files
 
 
 @dataclass
@@ -115,8 +118,9 @@ def main() -> None:
     (args,) = parse_arguments(PerplexityArguments, description=__doc__)
     accelerator = Accelerator()
     try:
-        evaluate(args, accelerator)
-    except (CheckpointError, DataError, ValueError) as error:
+        with locked_folder(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+            evaluate(args, accelerator)
+    except (CheckpointError, DataError, OSError, ValueError) as error:
         sys.exit(f"perplexity.py: error: {error}")
     accelerator.end_training()
 
@@ -230,7 +234,7 @@ def summarize(losses: list[WindowLoss], plan: PerplexityPlan, args: PerplexityAr
     # The order of gathering depends on the number of processes; sums must not.
     losses = sorted(losses, key=lambda loss: (loss.length, loss.document, loss.bucket is not None, loss.nll))
     targets = [loss for loss in losses if loss.bucket is None]
-    by_length = PerplexityByLength().compute(
+    by_length = PerplexityByLength(keep_in_memory=True).compute(
         nll=[loss.nll for loss in targets],
         tokens=[loss.tokens for loss in targets],
         lengths=[loss.length for loss in targets],
@@ -265,11 +269,14 @@ def save(args: PerplexityArguments, accelerator: Accelerator, protocol: dict, re
     folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), accelerator.device, accelerator.num_processes)
     content = {"protocol": protocol, "unigram_perplexity": unigram, "checkpoints": results, "run": record}
-    write_json(folder / "perplexity.json", content)
-    (folder / "perplexity.md").write_text(table + "\n", encoding="utf-8")
-    plot_perplexity(
-        folder / "perplexity.png", results, train_length, unigram=unigram if math.isfinite(unigram) else None
-    )
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "perplexity.json", content)
+        (temporary / "perplexity.md").write_text(table + "\n", encoding="utf-8")
+        reference = unigram if math.isfinite(unigram) else None
+        plot_perplexity(temporary / "perplexity.png", results, train_length, unigram=reference)
+
+    replace_files(folder, write)
     print(
         f"\n{table}\n\nWritten: {folder / 'perplexity.json'}, {folder / 'perplexity.md'}, {folder / 'perplexity.png'}"
     )

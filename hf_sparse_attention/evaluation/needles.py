@@ -62,11 +62,14 @@ def cached_samples(
         for depth in depths
         for index in range(samples)
     ]
-    cache_dir.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: another process or a later run never sees half a file.
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in made), encoding="utf-8")
-    partial.replace(path)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in made), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"cache_dir: {path} could not be written ({error})") from error
     return made
 
 

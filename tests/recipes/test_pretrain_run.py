@@ -1,21 +1,20 @@
 """Training runs of pretrain.py in this process: what they write, and that interrupted ones end as undisturbed ones."""
 
-import contextlib
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 
 import pretrain as recipe
 import pytest
 import torch
+from faulty_disk import largest_file, read_only
 from tiny_run import TINY_MODEL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse_attention.checkpoints import list_checkpoints, locked_folder
+from hf_sparse_attention.checkpoints import list_checkpoints, locked_folder, write_manifest
 
 
 def weights(folder):
@@ -265,17 +264,6 @@ def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
     assert 8 <= state["extra_drawn"] <= 24
 
 
-@contextlib.contextmanager
-def largest_file(size):
-    """As on a full disk: no file of this process can grow beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_full_disk_keeps_the_last_good_state(pretrain, trained, tmp_path, capsys):
     output = copy_until(trained, tmp_path / "run", 3)
     with pytest.raises(SystemExit) as leaving, largest_file(20_000):
@@ -300,16 +288,82 @@ def test_full_disk_is_told_by_file(pretrain, trained, tmp_path, capsys):
     assert list_checkpoints(output)[-1].name == "checkpoint-00000009"
 
 
-def test_damaged_checkpoint_is_refused(pretrain, trained, tmp_path, capsys):
+def test_read_only_folders(pretrain, trained, tmp_path, capsys):
+    empty, run = tmp_path / "empty", copy_until(trained, tmp_path / "run", 9)
+    empty.mkdir()
+    with read_only(empty), pytest.raises(SystemExit) as leaving:
+        pretrain(empty)
+    assert leaving.value.code == 1
+    assert f"error: {empty}: cannot be written (Permission denied)" in capsys.readouterr().err
+    assert not list(empty.iterdir())
+
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with read_only(run), pytest.raises(SystemExit) as leaving:
+        pretrain(run, resume="latest")
+    assert leaving.value.code == 1
+    assert re.search(f"error: {run}.*: could not be written .*Permission denied", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    pretrain(run, resume="latest", keep_checkpoints=9)
+    assert read_metrics(run) == read_metrics(trained)
+
+
+DAMAGE = {
+    "cut": (lambda content: content[:-100], "has [0-9]+ bytes instead of"),
+    "flipped": (lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:], "has changed"),
+    "missing": (None, "is missing"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "training_state.json", "manifest.json"],
+)
+@pytest.mark.parametrize(("edit", "what"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoint_is_refused(pretrain, trained, tmp_path, capsys, name, edit, what):
     output = copy_until(trained, tmp_path / "run", 9)
-    path = output / "checkpoint-00000009" / "optimizer.bin"
-    path.write_bytes(path.read_bytes()[:-100])
+    path = output / "checkpoint-00000009" / name
+    content = path.read_bytes()
+    path.unlink()
+    if edit is not None:
+        path.write_bytes(edit(content))
     with pytest.raises(SystemExit) as leaving:
         pretrain(output, resume="latest")
     assert leaving.value.code == 1
-    message = capsys.readouterr().err
-    assert "optimizer.bin has" in message
-    assert "--resume checkpoint-00000006" in message
+    error = capsys.readouterr().err.splitlines()[-1]
+    # The manifest has no checksum of its own: it is no JSON any more, or it fits no file.
+    expected = "" if name == "manifest.json" and edit is not None else f"{name} {what}"
+    assert re.search(f"^pretrain.py: error: {path.parent}/.*{expected}.*--resume checkpoint-00000006$", error), error
+    assert [folder.name for folder in list_checkpoints(output)][-2:] == ["checkpoint-00000006", "checkpoint-00000009"]
+
+
+def test_after_damage_the_state_before_goes_on(pretrain, trained, tmp_path):
+    output = copy_until(trained, tmp_path / "run", 9)
+    (output / "checkpoint-00000009" / "optimizer.bin").unlink()
+    pretrain(output, resume="checkpoint-00000006", keep_checkpoints=9)
+    assert read_metrics(output) == read_metrics(trained)
+    assert same_weights(output, trained)
+
+
+def test_a_checkpoint_runs_no_code(pretrain, trained, tmp_path, capsys):
+    """A changed file fails its checksum; one that comes with its checksum is not unpickled either."""
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    output = copy_until(trained, tmp_path / "run", 9)
+    folder = output / "checkpoint-00000009"
+    torch.save({"state": Payload()}, folder / "optimizer.bin")
+    torch.save({"step": Payload()}, folder / "random_states_0.pkl")
+    write_manifest(folder)
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(output, resume="latest")
+    assert leaving.value.code == 1
+    assert f"{folder}: could not be restored" in capsys.readouterr().err
+    shutil.copy(trained / folder.name / "optimizer.bin", folder)
+    write_manifest(folder)
+    pretrain(output, resume="latest")  # accelerate goes on without the random states
+    assert not (tmp_path / "executed").exists()
 
 
 def test_optimizer_that_was_not_restored_is_refused(pretrain, trained, tmp_path, capsys, monkeypatch):
@@ -329,8 +383,9 @@ def test_optimizer_that_was_not_restored_is_refused(pretrain, trained, tmp_path,
 
 
 def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
-    with locked_folder(tmp_path / "run"), pytest.raises(SystemExit):
+    with locked_folder(tmp_path / "run"), pytest.raises(SystemExit) as leaving:
         pretrain(tmp_path / "run")
+    assert leaving.value.code == 1
     assert "another process is writing to this folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         pretrain(trained)

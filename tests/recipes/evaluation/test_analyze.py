@@ -100,7 +100,7 @@ def test_experiments_need_no_checkpoint(run, tmp_path):
     assert f"{content['dispersion']['uniform']['softmax']['entropy'][1]:.2f}" in table
     assert "bit-equal" in table
     assert imread(tmp_path / "experiments.png").std() > 0.05
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"experiments.{end}" for end in ("json", "md", "png")]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"experiments.{e}" for e in ("json", "md", "png")]
 
 
 ERRORS = {
@@ -132,4 +132,4 @@ def test_wrong_inputs_are_named(run, texts, tmp_path, softmax_checkpoint):
         run("--models", softmax_checkpoint, *flags, "--map_layer", 5)
     with pytest.raises(SystemExit, match=r"no document has 900 tokens, the longest has \d+; give a smaller"):
         run("--models", softmax_checkpoint, *flags[:-1], 900)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))

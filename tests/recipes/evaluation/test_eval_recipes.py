@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty_disk import largest_file, read_only
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.arguments import parse
+from hf_sparse_attention.checkpoints import locked_folder
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 ARGUMENTS = {
@@ -164,6 +166,34 @@ def test_errors_name_what_is_wrong(run, capsys, texts, tmp_path, softmax_checkpo
     printed = capsys.readouterr().err + str(stopped.value)
     assert message in printed
     assert stopped.value.code not in (0, None)
+
+
+@pytest.mark.parametrize("recipe", ARGUMENTS)
+def test_an_output_folder_that_cannot_be_written(run, texts, tmp_path, softmax_checkpoint, recipe):
+    """What an earlier run wrote there is kept as it was."""
+    output = tmp_path / "results"
+    output.mkdir()
+    (output / recipe.replace(".py", ".json")).write_text("earlier")
+    flags = {
+        "perplexity.py": perplexity_flags(texts, output, softmax_checkpoint),
+        "needle.py": [*needle_flags(output, softmax_checkpoint), "--cache_dir", tmp_path],
+        "analyze.py": [*("--models", softmax_checkpoint), "--data", texts, "--output_dir", output, "--max_length", 20],
+    }[recipe]
+    with read_only(output), pytest.raises(SystemExit) as stopped:
+        run(recipe, *flags)
+    assert str(stopped.value.code).startswith(f"{recipe}: error: {output}: cannot be written")
+    with locked_folder(output), pytest.raises(SystemExit) as stopped:
+        run(recipe, *flags)
+    assert stopped.value.code == f"{recipe}: error: {output}: another process is writing to this folder"
+    if recipe == "needle.py":
+        with largest_file(900), pytest.raises(SystemExit, match=f"cache_dir: {tmp_path}/.* could not be written"):
+            run(recipe, *flags)
+        run(recipe, *flags, "--output_dir", tmp_path / "other")
+    with largest_file(900), pytest.raises(SystemExit) as stopped:
+        run(recipe, *flags)
+    assert str(stopped.value.code).startswith(f"{recipe}: error: {output}: could not be written")
+    written = [path for path in output.iterdir() if path.name != ".lock"]
+    assert [path.read_text() for path in written] == ["earlier"]
 
 
 @pytest.mark.parametrize("recipe", ["perplexity.py", "needle.py"])
