@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -39,6 +40,19 @@ def _broken_files(folder: Path) -> Iterator[str]:
                 pass
         except SafetensorError as error:
             yield f"{file} is cut short or damaged ({error})"
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained(path)``.
+
+    Raises:
+        OSError: naming ``path``, and the file in it that is broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each library beneath has types of its own
+        reason = "; ".join(_broken_files(Path(path))) or " ".join(str(error).split())
+        raise OSError(f"no usable tokenizer in {path}: {reason}") from error
 
 
 def check_finite(model: nn.Module, path: str | Path) -> None:

@@ -39,7 +39,7 @@ from pretrain_setup import (
     validation_rows,
 )
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import hf_sparse_attention
 from hf_sparse_attention.arguments import ArgumentError, parse_arguments
@@ -54,6 +54,7 @@ from hf_sparse_attention.checkpoints import (
     write_checkpoint,
 )
 from hf_sparse_attention.data import DataError, collate_rows, load_documents
+from hf_sparse_attention.loading import load_tokenizer
 from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
 
 IGNORED_LABEL = -100
@@ -165,7 +166,7 @@ def train(
         )
         # What the main process saved is what the others, and a continued run, use.
         saved = checkpoint is not None or not accelerator.is_main_process
-        tokenizer = AutoTokenizer.from_pretrained(output) if saved else make_tokenizer(documents, model_options)
+        tokenizer = load_tokenizer(output) if saved else make_tokenizer(documents, model_options)
         if not saved:
             replace_files(output, tokenizer.save_pretrained)
         validation = validation_rows(tokenizer, data_options)

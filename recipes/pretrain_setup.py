@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 from pretrain_options import DataOptions, ModelOptions
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse_attention.arguments import ArgumentError, load_yaml
 from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, train_tokenizer
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, make_training_rows
-from hf_sparse_attention.loading import check_finite, naming_broken_files
+from hf_sparse_attention.loading import check_finite, load_tokenizer, naming_broken_files
 
 # Fields of a config that do not change what the model computes.
 _FREE_FIELDS = (
@@ -34,7 +34,7 @@ def make_tokenizer(documents: Any, options: ModelOptions) -> PreTrainedTokenizer
     """The given tokenizer, that of the checkpoint, or one trained on the data."""
     source = options.tokenizer or options.model_name_or_path
     if source is not None:
-        return AutoTokenizer.from_pretrained(source)
+        return load_tokenizer(source)
     vocab_size = read_model_config(options).vocab_size
     try:
         return train_tokenizer((record["text"] or "" for record in documents), vocab_size)
@@ -67,9 +67,16 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, lengt
             if options.sparse_attention is not None:
                 attention["sparse_attention"] = options.sparse_attention
             with naming_broken_files(options.model_name_or_path):
-                model = AutoModelForCausalLM.from_pretrained(
-                    options.model_name_or_path, dtype=torch.float32, use_safetensors=True, **attention
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    options.model_name_or_path,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **attention,
                 )
+            missing = sorted(name for name in info["missing_keys"] if ".length_scale." not in name)
+            if missing:
+                raise OSError(f"{options.model_name_or_path} lacks weights, which would be random: {missing[0]}, ...")
             check_finite(model, options.model_name_or_path)
         else:
             config = read_model_config(options)

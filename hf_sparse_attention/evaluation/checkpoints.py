@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_sparse_attention  # noqa: F401  (registers the attention implementations)
-from hf_sparse_attention.loading import check_finite, naming_broken_files
+from hf_sparse_attention import loading
 
 ROPE_SCALINGS = ("none", "yarn", "dynamic")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -79,12 +79,10 @@ def load_tokenizer(spec: CheckpointSpec, override: str | None = None) -> PreTrai
         _check_folder(spec)
     path = override or spec.path
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return loading.load_tokenizer(path)
+    except OSError as error:
         option = "tokenizer" if override else f"models: {spec.name}"
-        raise CheckpointError(
-            f"{option}: no usable tokenizer in {path} (option tokenizer names another): {error}"
-        ) from error
+        raise CheckpointError(f"{option}: {error} (option tokenizer names another)") from error
 
 
 def load_model(
@@ -113,11 +111,11 @@ def load_model(
         _scale_rope(config, spec, train_length, max_length, rope_factor)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        with naming_broken_files(spec.path):
+        with loading.naming_broken_files(spec.path):
             model, info = AutoModelForCausalLM.from_pretrained(
                 spec.path, config=config, dtype=wanted, output_loading_info=True
             )
-        check_finite(model, spec.path)
+        loading.check_finite(model, spec.path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"models: {spec.name}: {spec.path} cannot be loaded: {error}") from error
     if info["missing_keys"]:

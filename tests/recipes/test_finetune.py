@@ -7,8 +7,9 @@ import finetune as recipe
 import perplexity
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import as_flags, forget_accelerate, read_metrics
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention import convert, load_adapter
 from hf_sparse_attention.checkpoints import list_checkpoints
@@ -181,6 +182,68 @@ def test_perplexity_measures_the_result(tuned, softmax_checkpoint, counting, tmp
     for length in ("33", "66"):
         measured = {name: result["by_length"][length]["perplexity"] for name, result in checkpoints.items()}
         assert measured["tuned"] < 0.95 * measured["patched"]
+
+
+def edit(name, change):
+    """Damages a file of a checkpoint."""
+
+    def damage(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if change is not None:
+            (folder / name).write_bytes(change(content))
+
+    return damage
+
+
+def edit_weights(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def more_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["needle"])
+    tokenizer.save_pretrained(folder)
+
+
+BROKEN = {
+    "weights cut": (edit("model.safetensors", lambda data: data[:-7]), "model.safetensors is cut short or damaged"),
+    "weights flipped": (edit("model.safetensors", lambda data: data[:9] + b"!" + data[10:]), "model.safetensors is"),
+    "weights missing": (edit("model.safetensors", None), "no file named model.safetensors"),
+    "one weight missing": (
+        edit_weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
+        "lacks weights, which would be random: model.layers.1.mlp.up_proj.weight",
+    ),
+    "NaN": (
+        edit_weights(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)),
+        "the weight model.norm.weight holds NaN",
+    ),
+    "config cut": (edit("config.json", lambda data: data[:60]), "config.json"),
+    "config binary": (edit("config.json", lambda data: b"\x80\x81"), "config.json"),
+    "config missing": (edit("config.json", None), "config.json"),
+    "tokenizer cut": (edit("tokenizer.json", lambda data: data[:60]), "tokenizer.json is not valid JSON"),
+    "tokenizer missing": (edit("tokenizer.json", None), "no usable tokenizer in "),
+    "vocabulary": (more_tokens, "the tokenizer has 301 tokens, more than the model's vocab_size of 300"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_checkpoint_is_named(finetune, softmax_checkpoint, tmp_path, capsys, damage, message):
+    base = tmp_path / "base"
+    shutil.copytree(softmax_checkpoint, base, ignore=shutil.ignore_patterns("checkpoint-*"))
+    damage(base)
+    with pytest.raises(SystemExit) as stop:
+        finetune(tmp_path / "run", model_name_or_path=str(base))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("finetune.py: error: ")
+    assert message in error
+    assert not list((tmp_path / "run").glob("[!.]*safetensors"))
 
 
 @pytest.mark.parametrize(

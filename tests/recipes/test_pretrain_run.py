@@ -396,6 +396,11 @@ def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"train_data": "nothing.txt"}, "nothing.txt: no such file"),
+        ({"train_data": "empty.txt"}, "empty.txt: the file is empty"),
+        ({"train_data": "binary.txt"}, "binary.txt: a binary file, not text"),
+        ({"train_data": "pickle.jsonl"}, "pickle.jsonl: not UTF-8 text"),
+        ({"train_data": "short.txt", "length": 300}, r"hold \d+ tokens, fewer than one row of 300; give more text"),
+        ({"validation_data": "empty.txt"}, "empty.txt: the file is empty"),
         ({"trackers": ["tensorboards"]}, "trackers: 'tensorboards' is not installed; installed: "),
         ({"batch_size": 5}, "batch_size is 5; allowed: multiples of device_batch_size x processes, 2"),
         ({"model_overrides": {"hidden": 3}}, "llama has no field 'hidden'"),
@@ -414,7 +419,16 @@ def test_one_run_per_folder(pretrain, trained, tmp_path, capsys):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_errors_name_what_is_wrong(pretrain, tmp_path, capsys, changes, message):
+def test_errors_name_what_is_wrong(pretrain, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    contents = {
+        "empty.txt": b"",
+        "binary.txt": b"ab\0" * 99,
+        "pickle.jsonl": b"\x80\x04\x95",
+        "short.txt": b"word " * 99,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as leaving:
         pretrain(tmp_path / "run", **changes)
     assert leaving.value.code == 1
@@ -425,6 +439,7 @@ def test_errors_name_what_is_wrong(pretrain, tmp_path, capsys, changes, message)
 
 
 def test_vocabulary_larger_than_the_models(pretrain, trained, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as leaving:
         pretrain(tmp_path / "run", tokenizer=trained, model_overrides={"vocab_size": 299})
+    assert leaving.value.code == 1
     assert "the tokenizer has 300 tokens, more than the model's vocab_size of 299" in capsys.readouterr().err
