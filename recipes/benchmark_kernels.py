@@ -48,7 +48,7 @@ class KernelBenchmarkArguments:
     )
     head_dims: list[int] = field(default_factory=lambda: [64, 128], metadata={"help": "Sizes of a head."})
     empty: list[int] = field(
-        default_factory=lambda: [0, 50, 90, 97], metadata={"help": "Empty tiles asked for, in %."}
+        default_factory=lambda: [0, 50, 90, 93, 97], metadata={"help": "Empty tiles asked for, in %."}
     )
     heads: int = field(default=16, metadata={"help": "Query heads, fewer above --tokens tokens."})
     tokens: int = field(default=16384, metadata={"help": "Batch times length times heads / --heads."})
@@ -188,10 +188,15 @@ def empty_share(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None
     length = query.shape[2]
     end = torch.arange(1, length + 1, device="cuda", dtype=torch.int32)[None]
     arguments = (query, key, value, None, slopes, torch.zeros_like(end), end, None)
-    counts = forward_op(*arguments, 1.5, query.shape[3] ** -0.5, True)[4].view(query.shape[0] * query.shape[1], -1)
-    tiles = tiling(query.shape[3], DTYPE)
-    last = (torch.arange(1, counts.shape[1] + 1, device="cuda") * tiles.rows).clamp(max=length)
-    return 1 - counts.sum().item() / (counts.shape[0] * last.div(tiles.columns).ceil().sum().item())
+    counts = forward_op(*arguments, 1.5, query.shape[3] ** -0.5, True)[4]
+    return share_of_counts(counts, query.shape[0] * query.shape[1], length, query.shape[3])
+
+
+def share_of_counts(counts: Tensor, heads: int, length: int, dim: int) -> float:
+    """The same from the lengths of the kernels' lists, for causal attention."""
+    tiles = tiling(dim, DTYPE)
+    last = (torch.arange(1, counts.numel() // heads + 1, device=counts.device) * tiles.rows).clamp(max=length)
+    return 1 - counts.sum().item() / (heads * last.div(tiles.columns).ceil().sum().item())
 
 
 def first_call(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:

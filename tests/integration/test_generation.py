@@ -76,7 +76,9 @@ def test_compiled_decode_on_a_static_cache(model):
 def test_offloaded_cache(model, implementation):
     model = model.cuda()
     row = prompts(7)[0].cuda()
-    tokens = model.generate(row[None], max_new_tokens=6, do_sample=False, cache_implementation=implementation)
+    # Compiling the static one's copies crashes torch 2.11, whatever the attention.
+    options = {"do_sample": False, "cache_implementation": implementation, "disable_compile": True}
+    tokens = model.generate(row[None], max_new_tokens=6, **options)
     assert tokens[0].tolist() == greedy(model, row, 6)
 
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 from triton_cases import (
     Case,
+    Inputs,
     check_against_dense,
     check_decode_against_dense,
     make_inputs,
     run_forward,
     run_kernels,
 )
+
+from hf_sparse_attention.ops.triton import triton_attention
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -123,6 +126,29 @@ def test_compiled_decode_has_one_graph():
     with torch.no_grad():
         compiled = torch.compile(lambda: run_forward(case, inputs), fullgraph=True)
         assert torch.equal(compiled(), run_forward(case, inputs))
+
+
+def test_offsets_beyond_32_bits():
+    """The last of nine heads starts more than 2^31 elements into keys and values."""
+    case = Case(200, 2**21, 9, 9, 128, dtype=BF16, ranges="full")
+    torch.manual_seed(0)
+    query, grad = (torch.randn(1, 9, 200, 128, device="cuda", dtype=BF16) for _ in range(2))
+    key, value = (torch.randn(1, 9, 2**21, 128, device="cuda", dtype=BF16) for _ in range(2))
+    start = torch.zeros(1, 200, dtype=torch.int32, device="cuda")
+
+    def run(*heads):
+        tensors = [tensor.detach().requires_grad_() for tensor in heads[:3]]
+        inputs = Inputs(*tensors, None, None, start, torch.full_like(start, 2**21), None, heads[3])
+        return run_kernels(case, inputs)
+
+    expected = run(*(tensor[:, 8:].clone() for tensor in (query, key, value, grad)))
+    for found, alone in zip(run(query, key, value, grad), expected):
+        assert torch.equal(found[:, 8:], alone)
+    with torch.no_grad():
+        ranges = (None, None, start[:, :1], start[:, :1] + 2**21, None)
+        decoded = triton_attention(query[:, :, :1], key, value, 1.5, 0.1, *ranges)
+        last = (tensor[:, 8:].clone() for tensor in (query[:, :, :1], key, value))
+        torch.testing.assert_close(decoded[:, 8:], triton_attention(*last, 1.5, 0.1, *ranges))
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

@@ -25,7 +25,7 @@ LOG2_E = 1.4426950408889634
 # Keys and values of the heads in flight should fit in the L2 cache beside everything else.
 _L2_BYTES = 24 * 2**20
 # Every so many tiles are swept before the others, so that the bounds become good early.
-_SAMPLE = 8
+_SAMPLE = 16
 # Programs among which the keys of a decoding step are split.
 _DECODE_PROGRAMS = 1024
 # |F^(1/beta) - 1| before the last step of the threshold, by input dtype; the step leaves far less.
