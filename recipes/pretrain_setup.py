@@ -47,7 +47,7 @@ def read_model_config(options: ModelOptions) -> transformers.PreTrainedConfig:
     path = options.model_config
     values = {**load_yaml(path), **(options.model_overrides or {})}
     model_type = values.pop("model_type", None)
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise ArgumentError(f"{path}: model_type is {model_type!r}, which transformers does not know")
     known = set(AutoConfig.for_model(model_type).to_dict())
     for name in values:

@@ -121,7 +121,13 @@ import pretrain
 options = [*sys.argv[1:], "--max_steps", "1", "--batch_size", "1", "--device_batch_size", "1", "--length", "8"]
 options += ["--warmup_steps", "0", "--resume", "latest", "--push_to_hub", "--hub_model_id"]
 pretrain.main([*options, "tester/good-run"])
-pretrain.main([*options, "tester/bad-run"])
+for name in ("broken-run", "silent-run"):
+    try:
+        pretrain.main([*options, f"tester/{name}"])
+    except SystemExit as leaving:
+        assert leaving.code == 1
+    else:
+        raise AssertionError(f"{name} was pushed")
 """
 
 
@@ -242,18 +248,23 @@ def test_failing_pushes_say_so_and_keep_the_local_files(hub, checkpoint, tmp_pat
 def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, checkpoint, tmp_path):
     output, text = tmp_path / "output", tmp_path / "text.txt"
     text.write_text("a b c d e f g h i j k l " * 9)
-    hub.faults = {"/tester/bad-run.git/info/lfs": "500"}
+    hub.faults = {"/tester/broken-run.git/info/lfs": "500", "/api/models/tester/silent-run/commit/": "hang up"}
     arguments = ["--model_name_or_path", checkpoint[0], "--train_data", text, "--output_dir", output]
     process = run(RECIPE, RECIPES, *arguments, env=hub.environment(tmp_path / "home"))
-    assert process.returncode == 1
+    assert process.returncode == 0, process.stderr
     pushed, local = hub.files("tester/good-run"), contents(output)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", REMOTE_CODE_FILE} <= set(pushed)
-    # The card was written anew for the second push, with its repository's name.
+    # The card was written anew for the last push, with its repository's name.
     card = pushed.pop("README.md").decode()
-    assert local["README.md"].decode() == card.replace("good-run", "bad-run")
+    assert local["README.md"].decode() == card.replace("good-run", "silent-run")
     assert {name: local[name] for name in pushed} == pushed
-    assert "pretrain.py: error: tester/bad-run: could not be pushed (Server error '500" in process.stderr
-    assert f"the model is in {output}" in process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("pretrain.py: error: ")]
+    for name, reason in {"broken-run": "Server error '500", "silent-run": "Server disconnected"}.items():
+        assert any(
+            line.startswith(f"pretrain.py: error: tester/{name}: could not be pushed ({reason}") for line in errors
+        )
+        assert "model.safetensors" not in hub.files(f"tester/{name}")
+    assert process.stderr.count(f"the model is in {output}") == 2
     assert AutoModelForCausalLM.from_pretrained(output).config._attn_implementation == "asentmax"
 
 

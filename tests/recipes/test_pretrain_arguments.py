@@ -1,16 +1,21 @@
 """Options from YAML and flags: what is wrong is named, nothing is silently ignored."""
 
-import contextlib
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 import yaml
+from analyze import AnalyzeArguments
+from finetune import FinetuneOptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from needle import NeedleArguments
+from perplexity import PerplexityArguments
 from pretrain_options import DataOptions, ModelOptions, RunOptions
+from pretrain_setup import read_model_config
 
 from hf_sparse_attention.arguments import ArgumentError, parse, parse_arguments, parse_mapping
 
@@ -154,14 +159,81 @@ def test_every_option_has_help():
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.dates())
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3))
-FIELDS = [entry.name for dtype in (ModelOptions, DataOptions, RunOptions) for entry in dataclasses.fields(dtype)]
-names = st.sampled_from(FIELDS) | st.text(max_size=9)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.dictionaries(names, values, max_size=4).map(yaml.safe_dump) | st.text(max_size=40))
-def test_no_file_ends_in_a_traceback(tmp_path, content):
+def as_given(value, option):
+    """What a file says, in the form that an option of this value has."""
+    if isinstance(option, list):
+        return [type(option[0])(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(option, dict):
+        return json.loads(value) if isinstance(value, str) else json.loads(json.dumps(value))
+    if isinstance(option, bool):
+        return str(value).lower() in ("true", "yes", "y", "t", "1")
+    return type(option)(value)
+
+
+def equal(one, other):
+    return one == other or one != one  # NaN
+
+
+RECIPES = {
+    "pretrain": (ModelOptions, DataOptions, RunOptions),
+    "finetune": (FinetuneOptions, DataOptions, RunOptions),
+    "perplexity": (PerplexityArguments,),
+    "needle": (NeedleArguments,),
+    "analyze": (AnalyzeArguments,),
+}
+REQUIRED_BY = {
+    "pretrain": REQUIRED,
+    "finetune": ["--model_name_or_path", "m", "--train_data", "t.txt", "--output_dir", "o"],
+    "perplexity": ["--models", "m", "--data", "t.txt"],
+    "needle": ["--models", "m"],
+    "analyze": [],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@settings(
+    deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_file_is_kept_or_refused(tmp_path, recipe, data):
+    """Never a traceback from deep inside, never a silent default."""
+    dtypes, flags = RECIPES[recipe], REQUIRED_BY[recipe]
+    known = [entry.name for dtype in dtypes for entry in dataclasses.fields(dtype)]
+    names = st.sampled_from(known) | st.text(max_size=9)
+    content = data.draw(st.dictionaries(names, values, max_size=4) | st.text(max_size=40))
     path = tmp_path / "fuzz.yaml"
-    path.write_text(content, encoding="utf-8", errors="replace")
-    with contextlib.suppress(ArgumentError):  # the only error that may come out
-        parse(ModelOptions, DataOptions, RunOptions, argv=[str(path), *REQUIRED])
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        parsed = parse(*dtypes, argv=[str(path), *flags])
+    except ArgumentError:  # the only error that may come out
+        return
+    options = {name: value for part in parsed for name, value in vars(part).items()}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if f"--{name}" not in flags and value is not None:
+            assert equal(options[name], as_given(value, options[name])), name
+
+
+architecture = st.dictionaries(
+    st.sampled_from(["model_type", "hidden_size", "num_attention_heads", "rope_parameters", "vocab_size", "tie_word"])
+    | st.text(max_size=6),
+    values | st.sampled_from(["llama", "gpt_neox", 32, 64]),
+    max_size=4,
+)
+
+
+@settings(
+    deadline=None, max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(fields=architecture, changes=architecture)
+def test_any_architecture_is_kept_or_refused(tmp_path, fields, changes):
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"model_type": "llama", **fields}), encoding="utf-8")
+    try:
+        config = read_model_config(ModelOptions(model_config=str(path), model_overrides=changes))
+    except ArgumentError:
+        return
+    for name, value in {"model_type": "llama", **fields, **changes}.items():
+        assert equal(getattr(config, name), value) or name == "rope_parameters", name

@@ -81,6 +81,25 @@ while True:
 print(finished, kills)
 """
 
+# Two processes that begin at the same time; each prints to a file of its own.
+RIVALS = """
+children = []
+for number in (0, 1):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(f"{sys.argv[1]}/{number}.txt", "w") as sys.stderr:
+                pretrain.main(sys.argv[2:])
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code
+        finally:
+            os._exit(status)
+    children.append(child)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
 # accelerate offers FSDP on accelerators only; these lines make it take two CPU processes for two GPUs. A signal that
 # one of the processes gets after five steps stops both, then both continue.
 FSDP_ON_CPU = """
@@ -184,6 +203,20 @@ def test_killed_at_random_moments(pretrain, tiny_options, tmp_path):
     assert any(name.startswith(".") for names in kills for name in names), "none was killed while saving"
     assert read_metrics(output) == read_metrics(pretrain(tmp_path / "whole", **options))
     assert not list(output.glob(".checkpoint-*"))
+
+
+def test_two_runs_in_one_folder(pretrain, tiny_options, tmp_path):
+    output = tmp_path / "run"
+    options = {**tiny_options, "max_steps": 30}
+    command = [sys.executable, "-c", START + RIVALS, str(tmp_path), *as_flags({**options, "output_dir": output})]
+    process = run(command, tmp_path)
+    codes = [int(code) for code in process.stdout.splitlines()[-1].split()]
+    assert sorted(codes) == [0, 1], process.stderr[-3000:]
+    refused = (tmp_path / f"{codes.index(1)}.txt").read_text().splitlines()[-1]
+    # The second if the other was over already.
+    reasons = (": another process is writing to this folder", " holds a run already (")
+    assert refused.startswith(tuple(f"pretrain.py: error: {output}{reason}" for reason in reasons))
+    assert read_metrics(output) == read_metrics(pretrain(tmp_path / "alone", **options))
 
 
 def test_two_processes(pretrain, single, validated, tmp_path):
