@@ -18,6 +18,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 
 OWNER = "tester"
 _REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -250,15 +253,41 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(content, headers=headers)
 
     def validate_yaml(self) -> None:
-        """Metadata must be a mapping between two ``---`` lines; the Hub knows more rules."""
         text = json.loads(self.body())["content"]
         match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-        if match and isinstance(yaml.safe_load(match[1]), dict):
-            self.answer({"errors": [], "warnings": []})
+        data = yaml.safe_load(match[1]) if match else None
+        errors, warnings = metadata_faults(data) if isinstance(data, dict) else (["no metadata"], [])
+        self.answer(
+            {"errors": [{"message": error} for error in errors], "warnings": [{"message": w} for w in warnings]},
+            HTTPStatus.BAD_REQUEST if errors else HTTPStatus.OK,
+        )
+
+
+def metadata_faults(data: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Errors and warnings about a card's metadata, by the rules of the Hub that this project could break."""
+    errors, warnings = [], [f"{name} is no field of model cards" for name in data.keys() - _METADATA]
+    for field in ("base_model", "datasets"):
+        for name in [data[field]] if isinstance(data.get(field), str) else data.get(field, []):
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                errors.append(f"{field}: {error}")
+    if "model-index" in data:
+        try:
+            _, results = model_index_to_eval_results(data["model-index"])
+            values = [result.metric_value for result in results]
+        except (KeyError, TypeError, ValueError) as error:
+            errors.append(f"model-index: {error!r}")
         else:
-            self.answer({"errors": [{"message": "no metadata"}], "warnings": []}, HTTPStatus.BAD_REQUEST)
+            errors += [f"model-index: {v!r} is no number" for v in values if not isinstance(v, (int, float)) or v != v]
+    errors += [f"tags: {tag!r}" for tag in data.get("tags", []) if not re.fullmatch(r"[\w.-]+", str(tag))]
+    return errors, warnings
 
 
+_METADATA = {
+    *("base_model", "datasets", "language", "library_name", "license", "model-index", "pipeline_tag", "tags"),
+    *("generated_from_trainer", "licence", "metrics", "model_name"),
+}
 _ROUTES = [
     (r"/api/whoami-v2", ("GET",), _Handler.who_am_i),
     (r"/api/repos/create", ("POST",), _Handler.create),

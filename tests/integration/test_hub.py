@@ -24,10 +24,11 @@ IDS = torch.arange(2, 19)[None]
 
 PUSH = """
 import sys, torch
+import warnings
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 import hf_sparse_attention
-from hf_sparse_attention.modelcard import create_model_card
+from hf_sparse_attention.modelcard import Measurement, create_model_card
 
 folder, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
@@ -35,9 +36,24 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.save_pretrained(folder)  # a loaded tokenizer notes that it was loaded
 model.push_to_hub("tester/model")
 tokenizer.push_to_hub("tester/model")
-card = create_model_card(model.config, repo_id="tester/model", parameters=1, training={}, training_length=8)
-# ModelCard.push_to_hub of huggingface_hub 1 validates at huggingface.co whatever the endpoint.
-HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="tester/model")
+card = create_model_card(
+    model.config, repo_id="tester/model", parameters=1, training={}, training_length=8, base_model="owner/base",
+    datasets=["owner/data"], results=[Measurement("perplexity", 12.5, "text", "recipes/pretrain.py", "owner/data")],
+)
+
+def upload(text):
+    # ModelCard.push_to_hub of huggingface_hub 1 validates at huggingface.co whatever the endpoint.
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="tester/model")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    upload(str(card))
+try:
+    upload(str(card).replace("type: perplexity", "kind: perplexity"))
+except ValueError as error:
+    assert "Invalid metadata in README.md" in str(error) and "model-index: KeyError('type')" in str(error), error
+else:
+    raise AssertionError("metadata are not validated")
 
 arguments = TrainingArguments(
     output_dir=output, hub_model_id="trained", push_to_hub=True, save_strategy="no", max_steps=1, report_to="none",

@@ -1,10 +1,12 @@
 """The card: metadata as the Hub reads it, numbers with the script that made them, a snippet that runs."""
 
 import re
+import warnings
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from transformers import LlamaConfig
 
 from hf_sparse_attention.modelcard import Measurement, create_model_card
@@ -46,6 +48,20 @@ def test_metadata(card):
     (result,) = index[0]["results"]
     assert result["dataset"] == {"name": RESULT.dataset, "type": "owner/data", "split": "test"}
     assert result["metrics"] == [{"type": "perplexity", "value": 12.3456}]
+
+
+def test_huggingface_hub_reads_what_was_written(card, caplog):
+    """Without errors, warnings, or losing something."""
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        read = ModelCard(card.content)
+        assert read.data.to_dict() == card.data.to_dict()
+        assert (read.data.model_name, read.data.eval_results) == ("my-model", [RESULT.eval_result()])
+        index = yaml.safe_load(card.content.split("---")[1])["model-index"]
+        assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+    assert not caplog.records
+    with pytest.raises(ValueError, match="metadata"):
+        ModelCard(card.content.replace("type: perplexity", "kind: perplexity"))
 
 
 def test_text(card):
