@@ -95,11 +95,13 @@ def write_checkpoint(
             temporary.rename(target)
         wait()
     except Exception as error:  # writers raise OSError, RuntimeError and types of their own
+        # torch does not say that the disk is full.
+        free = shutil.disk_usage(target.parent).free >> 20
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         last = next(reversed(list_checkpoints(target.parent)), None)
         kept = f"the last good state is {last}" if last else "there is no earlier state"
-        raise CheckpointError(f"{target}: could not be written ({error}); {kept}") from error
+        raise CheckpointError(f"{target}: could not be written ({error}; {free} MiB free); {kept}") from error
 
 
 def write_manifest(folder: Path) -> None:

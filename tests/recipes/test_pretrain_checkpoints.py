@@ -72,7 +72,9 @@ def test_failed_write_leaves_the_last_good_state(tmp_path):
         fill(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=f"No space left on device.*last good state is .*{good.name}"):
+    with pytest.raises(
+        CheckpointError, match=rf"No space left on device; \d+ MiB free\); the last good state is .*{good.name}"
+    ):
         write(tmp_path, 6, fail)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
     assert read_state(good) == {"step": 3}
