@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
-from .masks import has_packed_documents, visibility
+from .masks import has_packed_documents, memoised, visibility
 from .ops import sparse_attention
 from .positions import alibi_slopes
 
@@ -66,7 +66,7 @@ def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | Non
             "its rotation can be removed."
         )
     cos, sin = embeddings
-    return torch.ones_like(cos), torch.zeros_like(sin)
+    return memoised((cos, sin), lambda: (torch.ones_like(cos), torch.zeros_like(sin)), "identity")
 
 
 def _refuse_packed_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -146,12 +146,12 @@ def sparse_attention_forward(
         cu_seqlens=cu_seq_lens_q,
         seq_idx=seq_idx,
     )
-    slopes = _slopes(module, settings, query)
+    slopes = _slopes(module, settings, query, visible.visible_keys)
     scale = None
     if coefficients:
         scale = query_scale(settings, *coefficients, visible.visible_keys).expand(query.shape[:3])
         if slopes is not None and not settings.scale_alibi_heads:
-            scale = torch.where(slopes[:, None] > 0, torch.ones_like(scale), scale)
+            scale = scale.masked_fill(memoised((slopes,), lambda: slopes[:, None] > 0), 1.0)
     query, key, value = _same_dtype(query, key, value)
     result = sparse_attention(
         query,
@@ -223,13 +223,18 @@ def _is_context_parallel() -> bool:
     return owner.startswith("torch.distributed.tensor.experimental")
 
 
-def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor) -> Tensor | None:
-    """Slopes of the query heads that this process holds, (heads,); None without ALiBi."""
-    num_heads = module.config.num_attention_heads
-    if not settings.num_alibi_heads(num_heads):
+def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor, keeper: Tensor) -> Tensor | None:
+    """Slopes of the query heads that this process holds, (heads,); None without ALiBi. Kept on ``keeper``."""
+    num_heads, held = module.config.num_attention_heads, query.shape[1]
+    alibi_heads = settings.num_alibi_heads(num_heads)
+    if not alibi_heads:
         return None
-    slopes = alibi_slopes(settings, num_heads, query.device)
-    return slopes if query.shape[1] == num_heads else slopes.split(query.shape[1])[_tensor_parallel_rank(module)]
+
+    def of_held_heads() -> Tensor:
+        slopes = alibi_slopes(settings, num_heads, query.device)
+        return slopes if held == num_heads else slopes.split(held)[_tensor_parallel_rank(module)]
+
+    return memoised((keeper,), of_held_heads, ("slopes", settings.alibi_slopes, alibi_heads, num_heads, held))
 
 
 def _tensor_parallel_rank(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .config import SparseAttentionConfig
+from .masks import memoised
 
 logger = logging.get_logger(__name__)
 
@@ -130,6 +131,8 @@ def query_scale(settings: SparseAttentionConfig, beta: Tensor, gamma: Tensor, vi
         visible_keys: number n of keys each query sees, integer (B or 1, heads or 1, L). A query with none gets the
             scale of n = 1: its output is zero whatever the scale.
     """
-    log_n = torch.log1p(visible_keys.clamp(min=1).float())
+    log_log_n = memoised(
+        (visible_keys,), lambda: torch.log(torch.log1p(visible_keys.clamp(min=1).float())), "log log n"
+    )
     offset = 0.0 if settings.length_scaling == "log" else settings.delta
-    return offset + beta * torch.exp(gamma * torch.log(log_n))
+    return offset + beta * torch.exp(gamma * log_log_n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,9 +92,14 @@ def visibility(
     num_queries = query.shape[2]
     check_boundaries(cu_seqlens, seq_idx, query.shape[0], num_queries, num_keys)
     if attention_mask is None:
-        document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
-        return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
-    rows = _memoised(
+
+        def rows_without_mask() -> Visibility:
+            document_starts = _document_starts(query.device, num_queries, position_ids, cu_seqlens, seq_idx)
+            return _without_mask(document_starts, num_queries, num_keys, is_causal, sliding_window, query.device)
+
+        key = (num_queries, num_keys, is_causal, sliding_window, query.device)
+        return memoised((position_ids, cu_seqlens, seq_idx), rows_without_mask, key)
+    rows = memoised(
         (attention_mask, position_ids, cu_seqlens, seq_idx),
         lambda: _with_mask(attention_mask, query, num_keys, position_ids, cu_seqlens, seq_idx),
     )
@@ -148,7 +153,7 @@ def _without_mask(
         if not is_causal:
             raise ValueError("a sliding window with bidirectional attention needs a 4-D attention_mask")
         start = torch.maximum(start, end - sliding_window)
-    return Visibility(None, start, end, (end - start)[:, None])
+    return Visibility(None, start.to(torch.int32), end.to(torch.int32), (end - start)[:, None])
 
 
 def _with_mask(
@@ -178,7 +183,8 @@ def _with_mask(
         start = mask[:, 0].int().argmax(-1)
         if _has_no_holes((counts[:, 0] == slots + 1 - start).all(), is_generated):
             # Ranges say the same, and every backend is faster with them.
-            return Visibility(None, start, slots + 1, counts, slots.clamp(min=0))
+            start, end = start.to(torch.int32), (slots + 1).to(torch.int32)
+            return Visibility(None, start, end, counts, slots.clamp(min=0))
     visible = mask.any(dim=1).any(dim=1)
     key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
     query_positions = key_positions.gather(-1, slots.clamp(min=0))
@@ -240,7 +246,7 @@ def _document_starts(
     if position_ids is not None:
         if position_ids.dim() != 2:
             raise ValueError(f"position_ids has {position_ids.dim()} dimensions; expected (batch, length).")
-        starts = _memoised((position_ids,), lambda: _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index))
+        starts = _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index)
     if seq_idx is not None:
         starts = _latest(starts, _runs(seq_idx[:, 1:] != seq_idx[:, :-1], index))
     if cu_seqlens is not None:
@@ -285,13 +291,23 @@ def _as_bool(mask: Tensor) -> Tensor:
     return visible
 
 
-def _memoised(inputs: tuple[Tensor | None, ...], compute: Callable[[], Any]) -> Any:
-    """``compute()`` once for the same inputs, kept on the first: all layers of a forward are handed the same ones."""
-    if torch.compiler.is_compiling():
+def memoised(inputs: tuple[Tensor | None, ...], compute: Callable[[], Any], key: Hashable = None) -> Any:
+    """``compute()`` once for the same inputs, kept on the first: all layers of a forward are handed the same ones.
+
+    ``key`` tells computations from the same first input apart. Nothing is kept where the first input is None, nor in
+    compiled code or while a CUDA graph is captured, which must follow inputs that are overwritten.
+    """
+    first = inputs[0]
+    if first is None or torch.compiler.is_compiling() or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return compute()
+    # Inference tensors are of no use to a later training step.
+    key = key, torch.is_inference_mode_enabled()
     versions = [None if t is None or t.is_inference() else t._version for t in inputs]
-    memo = getattr(inputs[0], _MEMO, None)
+    memos = getattr(first, _MEMO, None)
+    if memos is None:
+        memos = {}
+        setattr(first, _MEMO, memos)
+    memo = memos.get(key)
     if memo is None or memo[1] != versions or any(a is not b for a, b in zip(memo[0], inputs[1:])):
-        memo = (inputs[1:], versions, compute())
-        setattr(inputs[0], _MEMO, memo)
+        memo = memos[key] = (inputs[1:], versions, compute())
     return memo[2]

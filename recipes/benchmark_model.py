@@ -2,16 +2,17 @@
 
     python recipes/benchmark_model.py --output_dir outputs/benchmark_model
 
-Forward, backward and AdamW under bfloat16 autocast on one row of random tokens, untrained weights. Without training
-the heads without positions attend to everything; ALiBi heads are sparse from the start, so that the model whose heads
-all have ALiBi stands for one whose attention is sparse: the measured share of empty tiles is in the table. Writes
-benchmark_model.json and .md into output_dir.
+Forward, backward and AdamW under bfloat16 autocast on one row of random tokens, untrained weights; eager, and with
+each layer compiled. Without training the heads without positions attend to everything; ALiBi heads are sparse from the
+start, so that the model whose heads all have ALiBi stands for one whose attention is sparse: the measured share of empty
+tiles is in the table. Writes benchmark_model.json and .md into output_dir.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import statistics
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.evaluation.report import run_record, write_json
-from hf_sparse_attention.ops.triton import attention
+from hf_sparse_attention.ops.triton import operator
 
 MODELS: dict[str, dict[str, Any]] = {
     "sdpa, RoPE": {"attn_implementation": "sdpa"},
@@ -53,7 +54,7 @@ class ModelBenchmarkArguments:
         metadata={"help": "YAML file of the Llama."},
     )
     length: int = field(default=8192, metadata={"help": "Tokens of the row."})
-    steps: int = field(default=10, metadata={"help": "Steps of which the median is taken, after three others."})
+    steps: int = field(default=10, metadata={"help": "Steps of which the median is taken, after four others."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and tokens."})
     output_dir: str = field(default="outputs/benchmark_model", metadata={"help": "Folder for what is written."})
 
@@ -66,21 +67,21 @@ class ModelBenchmarkArguments:
 def observed_shares() -> Iterator[list[float]]:
     """Shares of empty tiles of every call of the kernels within."""
     shares: list[float] = []
-    forward = attention.forward_op
+    forward = operator.forward
 
     def observe(query: Tensor, *others: Any) -> tuple[Tensor, ...]:
         result = forward(query, *others)
         shares.append(share_of_counts(result[4], query.shape[0] * query.shape[1], query.shape[2], query.shape[3]))
         return result
 
-    attention.forward_op = observe
+    operator.forward = observe
     try:
         yield shares
     finally:
-        attention.forward_op = forward
+        operator.forward = forward
 
 
-def measure(fields: dict[str, Any], args: ModelBenchmarkArguments) -> dict[str, Any]:
+def measure(fields: dict[str, Any], compiled: bool, args: ModelBenchmarkArguments) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     config = LlamaConfig(**yaml.safe_load(Path(args.model_config).read_text(encoding="utf-8")), **fields)
     with torch.device("cuda"):
@@ -97,7 +98,10 @@ def measure(fields: dict[str, Any], args: ModelBenchmarkArguments) -> dict[str, 
 
     with observed_shares() as shares:
         step()
-    for _ in range(2):
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    for _ in range(3):
         step()
     times = []
     for _ in range(args.steps):
@@ -125,10 +129,11 @@ def measure(fields: dict[str, Any], args: ModelBenchmarkArguments) -> dict[str, 
 def main() -> None:
     (args,) = parse_arguments(ModelBenchmarkArguments, description=__doc__)
     rows = []
-    for name, fields in MODELS.items():
+    for compiled, (name, fields) in itertools.product((False, True), MODELS.items()):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        rows.append({"attention": name, "length": args.length, **measure(fields, args)})
+        case = {"attention": name, "layers": "compiled" if compiled else "eager", "length": args.length}
+        rows.append({**case, **measure(fields, compiled, args)})
         print(rows[-1], flush=True)
     folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), torch.device("cuda"), processes=1)

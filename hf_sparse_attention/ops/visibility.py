@@ -91,9 +91,9 @@ def resolve_visibility(
 def _combine(bounds: list[Tensor], tightest, key_length: int) -> Tensor | None:
     if not bounds:
         return None
-    result = bounds[0].to(torch.int64)
+    result = bounds[0]
     for bound in bounds[1:]:
-        result = tightest(result, bound.to(torch.int64))
+        result = tightest(result.to(torch.int64), bound.to(torch.int64))
     return result.clamp(0, key_length).to(torch.int32)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backward import key_value_gradient_kernel, query_gradient_kernel, transpose_list_kernel
 from .decode import (
@@ -93,8 +97,7 @@ def _list_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, i
     return query.shape[0] * query.shape[1], q_tiles, k_tiles, tiles.rows
 
 
-@torch.library.custom_op("hf_sparse_attention::triton_forward", mutates_args=())
-def forward_op(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,7 +130,7 @@ def forward_op(
     rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
     lists = out.new_empty(heads * q_tiles * k_tiles if keep else 0, dtype=_list_dtype(q_tiles, k_tiles))
     counts = out.new_empty(heads * q_tiles if keep else 0, dtype=torch.int32)
-    flags = out.new_zeros(heads * q_tiles * k_tiles if training else 0, dtype=torch.uint8)
+    flags = out.new_empty(heads * q_tiles * k_tiles if training else 0, dtype=torch.uint8)
     state = (mean, rows, lists, counts, flags)
     if out.numel() == 0:
         return out, *(state if training else _no_state(state))
@@ -146,6 +149,7 @@ def forward_op(
     if not sparse:
         if training:
             inverse.fill_(1.0)
+            flags.zero_()
         softmax_forward_kernel[grid](
             query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags,
             *_strides(query, key, value), *places, scaling,
@@ -162,8 +166,8 @@ def forward_op(
     scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, CHUNK.value)
     sweep_kernel[grid](
         query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
-        lists, excess, scratch, counts,
-        *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE,
+        lists, excess, scratch, counts, flags,
+        *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
         **common, **tiles.sweep.options(),
     )  # fmt: skip
     solve_kernel[grid](
@@ -199,6 +203,9 @@ def _key_norms(key: Tensor, columns: int) -> Tensor:
     return norms
 
 
+forward_op = torch.library.custom_op("hf_sparse_attention::triton_forward", forward, mutates_args=())
+
+
 @forward_op.register_fake
 def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling, training):
     heads, q_tiles, k_tiles, tile_rows = _list_shapes(query, key, value)
@@ -216,8 +223,7 @@ def _(query, key, value, query_scale, slopes, key_start, key_end, query_position
     )
 
 
-@torch.library.custom_op("hf_sparse_attention::triton_decode", mutates_args=())
-def decode_op(
+def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -281,13 +287,15 @@ def decode_op(
     return out
 
 
+decode_op = torch.library.custom_op("hf_sparse_attention::triton_decode", decode, mutates_args=())
+
+
 @decode_op.register_fake
 def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling):
     return _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
 
 
-@torch.library.custom_op("hf_sparse_attention::triton_backward", mutates_args=())
-def backward_op(
+def backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -358,6 +366,9 @@ def _sum_slopes(slope_rows: Tensor, slopes: Tensor | None, wanted: bool) -> Tens
     return slope_rows.sum((0, 2)).to(slopes.dtype) if wanted else slope_rows
 
 
+backward_op = torch.library.custom_op("hf_sparse_attention::triton_backward", backward, mutates_args=())
+
+
 @backward_op.register_fake
 def _(
     grad, query, key, value, query_scale, slopes, key_start, key_end, query_positions, mean, rows, lists, counts,
@@ -372,7 +383,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling, training = inputs
     out, mean, *state = output
     ctx.set_materialize_grads(False)
@@ -382,18 +393,36 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(query, key, value, query_scale, slopes, key_start, key_end, query_positions, mean, *state)
 
 
-def _backward(ctx, grad, *_):
+def _gradients(compute: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
     if not ctx.training:
         raise RuntimeError("triton_forward was called with training=False; its output has no gradient.")
     query, key, value, query_scale, slopes, *rest = ctx.saved_tensors
     scale_gradient, slope_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    grads = backward_op(
+    grads = compute(
         grad, query, key, value, query_scale, slopes, *rest, ctx.alpha, ctx.scaling, scale_gradient, slope_gradient
     )
     grad_scale = grads[3].to(query_scale.dtype) if scale_gradient else None
     return (*grads[:3], grad_scale, grads[4] if slope_gradient else None, *(None,) * 6)
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
+forward_op.register_autograd(
+    lambda ctx, grad, *_: _gradients(backward_op, ctx, grad),
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
+)
+
+
+class EagerAttention(torch.autograd.Function):
+    """The forward operator's output and its gradient without the dispatcher, which takes as long as the launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(backward, ctx, grad)

@@ -78,19 +78,19 @@ def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, 
 )  # fmt: skip
 def sweep_kernel(
     Q, K, QUERY_SCALE, SLOPES, NORMS, KEY_START, KEY_END, QUERY_POSITIONS,
-    REFERENCE, OFFSET, START, FLATNESS, LIST, EXCESS, SCRATCH, COUNT,
+    REFERENCE, OFFSET, START, FLATNESS, LIST, EXCESS, SCRATCH, COUNT, FLAGS,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_range, stride_position,
     batch, q_heads, group, q_len, k_len, q_tiles, k_tiles, heads_at_once, scale, alpha_minus_1, beta,
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    SAMPLE: tl.constexpr, STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr, TRAINING: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Candidate tiles of BM queries of one head, and per row the maximum and a lower bound of the threshold.
 
     Grid: (q_tiles * batch * q_heads,). REFERENCE receives the row maximum in units of ``(alpha - 1) z``, OFFSET the
     bound relative to it, START where the solver should start, FLATNESS the flatness there (negative where it is not
     known: see ``power_step``), LIST entries ``2 * tile + (some row does not see the whole tile)``. ``scale`` is
-    ``(alpha - 1) * scaling``.
+    ``(alpha - 1) * scaling``. In training FLAGS is cleared for the output kernel.
     """
     q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
     b = bh // q_heads
@@ -116,6 +116,12 @@ def sweep_kernel(
     slot = tile_index * BM + row
     LIST += tile_index * k_tiles
     EXCESS += tile_index * k_tiles
+
+    if TRAINING:
+        FLAGS += tile_index * k_tiles
+        for base in range(0, k_tiles, CHUNK):
+            index = base + tl.arange(0, CHUNK)
+            tl.store(FLAGS + index, tl.zeros([CHUNK], tl.uint8), mask=index < k_tiles)
 
     m = tl.full([BM], NOTHING, tl.float32)
     t = tl.where(live, NOTHING, UNREACHABLE)
