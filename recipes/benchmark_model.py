@@ -4,8 +4,8 @@
 
 Forward, backward and AdamW under bfloat16 autocast on one row of random tokens, untrained weights; eager, and with
 each layer compiled. Without training the heads without positions attend to everything; ALiBi heads are sparse from the
-start, so that the model whose heads all have ALiBi stands for one whose attention is sparse: the table has the measured
-share of empty tiles. Writes benchmark_model.json and .md into output_dir.
+start, so that the model whose heads all have ALiBi stands for one whose attention is sparse: the measured share is in
+the table. Writes benchmark_model.json and .md into output_dir.
 """
 
 from __future__ import annotations
