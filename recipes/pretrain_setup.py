@@ -116,7 +116,8 @@ def model_fields(model: torch.nn.Module, options: ModelOptions) -> dict[str, Any
         value = getattr(options, name)
         is_folder = isinstance(value, str) and Path(value).is_dir()
         fields[name] = str(Path(value).resolve()) if is_folder else value
-    return json.loads(json.dumps({name: value for name, value in fields.items() if name not in _FREE_FIELDS}))
+    kept = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def check_same_model(fields: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
