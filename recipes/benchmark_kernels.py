@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import tempfile
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as trace
 from triton.testing import do_bench, do_bench_cudagraph
 
 from hf_sparse_attention.arguments import parse_arguments
@@ -39,6 +42,8 @@ from hf_sparse_attention.ops.triton.tiling import tiling
 
 SEGMENT = 256
 DTYPE = torch.bfloat16
+# Calls over which a profile is averaged.
+PROFILED = 6
 
 
 @dataclass
@@ -56,8 +61,8 @@ class KernelBenchmarkArguments:
     adasplash_lengths: list[int] = field(default_factory=list, metadata={"help": "Lengths with AdaSplash."})
     adasplash_versions: list[int] = field(default_factory=lambda: [2], metadata={"help": "Versions: 1, 2."})
     sections: list[str] = field(
-        default_factory=lambda: ["first_call", "training", "nape", "memory", "decode"],
-        metadata={"help": "What to measure: first_call, training, nape, memory, decode."},
+        default_factory=lambda: ["first_call", "training", "nape", "memory", "decode", "profile"],
+        metadata={"help": "What to measure: first_call, training, nape, memory, decode, profile."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the inputs."})
     output_dir: str = field(default="outputs/benchmark_kernels", metadata={"help": "Folder for what is written."})
@@ -284,12 +289,34 @@ def decode(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
     return rows
 
 
+def profile(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+    """Milliseconds of each of our kernels in a forward and backward, at --tokens tokens in one row."""
+    rows = []
+    for dim, empty in itertools.product(args.head_dims, args.empty):
+        inputs = make_inputs(1, args.heads, args.heads, args.tokens, dim, empty)
+        tensors = [tensor.requires_grad_() for tensor in inputs]
+        grad = torch.randn_like(ours(*tensors))
+        with trace(activities=[ProfilerActivity.CUDA]) as events:
+            for _ in range(PROFILED):
+                torch.autograd.grad(ours(*tensors), tensors, grad)
+            torch.cuda.synchronize()
+        case = {"length": args.tokens, "heads": args.heads, "head_dim": dim, "empty_asked": empty / 100}
+        times = {
+            event.key.removesuffix("_kernel") + "_ms": event.self_device_time_total / PROFILED / 1e3
+            for event in events.key_averages()
+            if event.key.endswith("_kernel")
+        }
+        rows.append({**case, "empty_measured": empty_share(*inputs), **times})
+    return rows
+
+
 SECTIONS: dict[str, Callable[[KernelBenchmarkArguments], list[dict[str, Any]]]] = {
     "first_call": first_call,
     "training": training,
     "nape": nape,
     "memory": memory,
     "decode": decode,
+    "profile": profile,
 }
 
 

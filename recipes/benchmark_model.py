@@ -2,8 +2,8 @@
 
     python recipes/benchmark_model.py --output_dir outputs/benchmark_model
 
-Forward, backward and AdamW under bfloat16 autocast on one row of random tokens, untrained weights; eager, and with
-each layer compiled. Without training the heads without positions attend to everything; ALiBi heads are sparse from the
+Forward, backward and AdamW under bfloat16 autocast on rows of random tokens, untrained weights; eager, and with each
+layer compiled. Without training the heads without positions attend to everything; ALiBi heads are sparse from the
 start, so that the model whose heads all have ALiBi stands for one whose attention is sparse: the measured share is in
 the table. Writes benchmark_model.json and .md into output_dir.
 """
@@ -53,7 +53,8 @@ class ModelBenchmarkArguments:
         default=str(Path(__file__).parent / "configs" / "model" / "llama_420m.yaml"),
         metadata={"help": "YAML file of the Llama."},
     )
-    length: int = field(default=8192, metadata={"help": "Tokens of the row."})
+    length: int = field(default=8192, metadata={"help": "Tokens of a row."})
+    rows: int = field(default=4, metadata={"help": "Rows of a step; with one, launching takes longer than computing."})
     steps: int = field(default=10, metadata={"help": "Steps of which the median is taken, after four others."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and tokens."})
     output_dir: str = field(default="outputs/benchmark_model", metadata={"help": "Folder for what is written."})
@@ -86,7 +87,7 @@ def measure(fields: dict[str, Any], compiled: bool, args: ModelBenchmarkArgument
     config = LlamaConfig(**yaml.safe_load(Path(args.model_config).read_text(encoding="utf-8")), **fields)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config)
-        tokens = torch.randint(config.vocab_size, (1, args.length))
+        tokens = torch.randint(config.vocab_size, (args.rows, args.length))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -132,8 +133,14 @@ def main() -> None:
     for compiled, (name, fields) in itertools.product((False, True), MODELS.items()):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        case = {"attention": name, "layers": "compiled" if compiled else "eager", "length": args.length}
-        rows.append({**case, **measure(fields, compiled, args)})
+        case = {
+            "attention": name,
+            "layers": "compiled" if compiled else "eager",
+            "rows": args.rows,
+            "length": args.length,
+        }
+        sizes = {"rows": args.rows, "length": args.length}
+        rows.append({**case, **sizes, **measure(fields, compiled, args)})
         print(rows[-1], flush=True)
     folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), torch.device("cuda"), processes=1)
