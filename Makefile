@@ -8,7 +8,7 @@ OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.7.* accelerate=
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-oldest lint install
+.PHONY: quickstart test test-oldest test-gpu lint install
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,13 @@ test-oldest: .venv-oldest/.installed
 		hypothesis lm-eval pytest pytest-timeout pytest-xdist bitsandbytes optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --no-deps -e . 'entmax>=1.3'
 	touch $@
+
+# On a machine with a GPU: the kernels, and models on the GPU.
+GPU_TESTS := analysis composite conversion export families generation invariance loading long_rows masks peft refusals registration
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest --device cuda $(GPU_TESTS:%=tests/integration/test_%.py)
+	$(BIN)/python -m pytest tests/integration/test_training.py
 
 lint: install
 	$(BIN)/ruff check .
