@@ -21,6 +21,7 @@ from hf_sparse_attention.hub import REMOTE_CODE_FILE, TrustedCheckpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 IDS = torch.arange(2, 19)[None]
+ADAPTER = ("config.json", "model.safetensors")
 
 PUSH = """
 import sys, torch
@@ -133,7 +134,9 @@ RECIPE = """
 import sys, time
 time.sleep = lambda seconds: None
 sys.path.insert(0, sys.argv.pop(1))
+import finetune
 import pretrain
+tuned = sys.argv.pop()
 options = [*sys.argv[1:], "--max_steps", "1", "--batch_size", "1", "--device_batch_size", "1", "--length", "8"]
 options += ["--warmup_steps", "0", "--resume", "latest", "--push_to_hub", "--hub_model_id"]
 pretrain.main([*options, "tester/good-run"])
@@ -144,6 +147,7 @@ for name in ("broken-run", "silent-run"):
         assert leaving.code == 1
     else:
         raise AssertionError(f"{name} was pushed")
+finetune.main([*options, "tester/tuned", "--output_dir", tuned, "--lora_rank", "2"])
 """
 
 
@@ -266,8 +270,11 @@ def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, checkpoint, tmp_pa
     text.write_text("a b c d e f g h i j k l " * 9)
     hub.faults = {"/tester/broken-run.git/info/lfs": "500", "/api/models/tester/silent-run/commit/": "hang up"}
     arguments = ["--model_name_or_path", checkpoint[0], "--train_data", text, "--output_dir", output]
-    process = run(RECIPE, RECIPES, *arguments, env=hub.environment(tmp_path / "home"))
+    process = run(RECIPE, RECIPES, *arguments, tmp_path / "tuned", env=hub.environment(tmp_path / "home"))
     assert process.returncode == 0, process.stderr
+    tuned = hub.files("tester/tuned")
+    assert {"model.safetensors", "README.md", *(f"adapter/adapter_{x}" for x in ADAPTER)} <= set(tuned)
+    assert all((tmp_path / "tuned" / name).read_bytes() == content for name, content in tuned.items())
     pushed, local = hub.files("tester/good-run"), contents(output)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", REMOTE_CODE_FILE} <= set(pushed)
     # The card was written anew for the last push, with its repository's name.
