@@ -19,8 +19,8 @@ BEGIN, END = "<!-- memory_table.py -->\n", "<!-- end of memory_table.py -->\n"
 LENGTHS = (2**11, 2**13, 2**15, 2**17, 2**20)
 # Queries and keys of one tile of the Triton kernels, for head dimensions up to 128.
 TILE = 128
-# Bytes in which the sweep keeps what it found of up to 128 tiles of keys, for each tile of queries.
-SCRATCH = 128 * 8 * 4
+# Bytes in which the sweep keeps what it found, for each tile of queries and up to 128 tiles of keys.
+SCRATCH = 8 * 4
 # What sharding leaves on every GPU while it computes: bfloat16 weights and their gradients.
 GATHERED = 2 + 2
 
@@ -115,7 +115,7 @@ def attention_extra(batch: int, heads: int, length: int, head_dim: int) -> int:
 def tile_lists(heads: int, length: int, training: bool) -> int:
     """Lists of one layer's forward; the backward needs less. Grows with the square of the length."""
     tiles = -(-length // TILE)
-    return heads * (tiles**2 * (2 + 4 + (1 if training else 0)) + tiles * SCRATCH)
+    return heads * (tiles**2 * (2 + 4 + (1 if training else 0)) + tiles * min(tiles, 128) * SCRATCH)
 
 
 def training_bytes(shape: Shape, kind: str, gpus: int, length: int) -> int:

@@ -163,7 +163,7 @@ def forward(
     # What the output kernel writes there comes after the solver has read them.
     start, flatness = scale, inverse
     excess = rows.new_empty(heads, q_tiles, k_tiles)
-    scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, CHUNK.value)
+    scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, min(k_tiles, CHUNK.value))
     sweep_kernel[grid](
         query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
         lists, excess, scratch, counts, flags,

@@ -191,7 +191,7 @@ def sweep_kernel(
     e = tl.zeros([BM], tl.float32)
     bounded = early_t > NOTHING
     group_index = tl.arange(0, BM // ROW_GROUP)
-    SCRATCH += tile_index * (CHUNK * (BM // ROW_GROUP))
+    SCRATCH += tile_index * (tl.minimum(k_tiles, CHUNK) * (BM // ROW_GROUP))
     for base in range(0, full - sampled, CHUNK):
         size = tl.minimum(full - sampled - base, CHUNK)
         tl.debug_barrier()
