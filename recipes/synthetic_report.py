@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from synthetic_options import TaskOptions, TrainOptions
 from transformers import PreTrainedConfig
 
 from hf_sparse_attention.evaluation.plots import figure_grid, save_figure
@@ -17,6 +19,12 @@ from hf_sparse_attention.modelcard import TEMPLATE, Measurement, create_model_ca
 
 CARD_TEMPLATE = TEMPLATE.with_name("synthetic_card_template.md")
 _ENCODINGS = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
+# Settings without which runs are seeds of the same training.
+_COMPARED = [
+    option.name
+    for option in dataclasses.fields(TaskOptions) + dataclasses.fields(TrainOptions)
+    if option.name not in ("output_dir", "seed", "resume", "logging_steps", "save_steps", "cuda_graph", "compile")
+]
 _NAMES = {"asentmax": "ASEntmax", "entmax": "Entmax", "ssmax": "SSMax", "softmax": "Softmax", "topk": "Top-k"}
 
 
@@ -83,11 +91,22 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Runs by task and then by variant."""
-    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    """Runs by task and then by variant; where runs of a variant were trained differently, their names say how."""
+    same: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
-        grouped.setdefault(run["task"], {}).setdefault(variant_name(run["attention"]), []).append(run)
+        same.setdefault((run["task"], variant_name(run["attention"])), []).append(run)
+    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for (task, variant), members in same.items():
+        differing = [name for name in _COMPARED if len({repr(_setting(run, name)) for run in members}) > 1]
+        for run in members:
+            name = ", ".join([variant, *(f"{name} {_setting(run, name)}" for name in differing)])
+            grouped.setdefault(task, {}).setdefault(name, []).append(run)
     return grouped
+
+
+def _setting(run: Mapping[str, Any], name: str) -> Any:
+    """A setting of a run; None for one that is newer than the run."""
+    return run["run"]["settings"].get(name)
 
 
 def cells_of(run: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
@@ -161,6 +180,7 @@ def plot(path: Path, grouped: Mapping[str, Mapping[str, Sequence[Mapping[str, An
         upper.xaxis.set_major_formatter("{x:g}x")
         upper.set_ylim(-3, 103)
         upper.set_title(task, fontsize=10)
+        upper.legend(frameon=False, fontsize=6)
         upper.set_xlabel("multiple of the training length", fontsize=8)
         lower.set_yscale("log")
         lower.set_xlabel("samples seen (millions)", fontsize=8)
@@ -169,5 +189,4 @@ def plot(path: Path, grouped: Mapping[str, Mapping[str, Sequence[Mapping[str, An
             axes.tick_params(labelsize=7)
     above[0].set_ylabel("exact match, %", fontsize=8)
     below[0].set_ylabel("training loss (nats per target token)", fontsize=8)
-    above[0].legend(frameon=False, fontsize=7)
     save_figure(figure, path)

@@ -195,6 +195,32 @@ def test_report_reads_the_folders(tmp_path):
     assert (tmp_path / "synthetic.png").stat().st_size > 10_000
 
 
+def test_differently_trained_runs_are_not_seeds(tmp_path):
+    """Rows of their own, named after the settings that differ; a seed is not one of them."""
+    for name, settings in {
+        "a": {"batch_size": 128, "learning_rate": 1e-3, "seed": 0},
+        "b": {"batch_size": 512, "learning_rate": 1e-3, "seed": 0},
+        "c": {"batch_size": 512, "learning_rate": 1e-3, "seed": 1, "init_from": None},
+    }.items():
+        (tmp_path / name).mkdir()
+        content = {**fake_run("asentmax", [1.0]), "run": {"settings": settings}}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    rows = [[part.strip() for part in line.split("|")[1:3]] for line in write_report(tmp_path).splitlines()[4:]]
+    assert rows == [["ASEntmax (NAPE), batch_size 128", "1"], ["ASEntmax (NAPE), batch_size 512", "2"]]
+
+
+def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
+    committed = ROOT / "model_cards" / "results" / "synthetic"
+    for path in committed.glob("*/results.json"):
+        (tmp_path / path.parent.name).mkdir()
+        (tmp_path / path.parent.name / "results.json").write_bytes(path.read_bytes())
+    assert write_report(tmp_path).strip() == (committed / "synthetic.md").read_text(encoding="utf-8").strip()
+    rows = (committed / "README.md").read_text(encoding="utf-8")
+    for path in committed.glob("*/results.json"):
+        training = json.loads(path.read_text(encoding="utf-8"))["training"]
+        assert f"| {path.parent.name} | {training['samples']:,} | {training['seconds']:.0f} |" in rows
+
+
 @pytest.mark.parametrize(
     ("successes", "samples", "low", "high"),
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
