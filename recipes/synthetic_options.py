@@ -45,6 +45,9 @@ class TaskOptions:
         ),
     )
     initializer_range: float = field(default=0.02, metadata=_help("standard deviation of the initial weights"))
+    embedding_range: float | None = field(
+        default=None, metadata=_help("that of the initial input embeddings; default: initializer_range")
+    )
 
     def __post_init__(self) -> None:
         for name in ("task_options", "train_task_options", "sparse_attention"):
@@ -55,6 +58,9 @@ class TaskOptions:
             raise ArgumentError(f"attn_implementation is {self.attn_implementation!r}; allowed: {', '.join(PRESETS)}")
         for name in ("layers", "hidden_size", "intermediate_size", "heads"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("initializer_range", "embedding_range"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, value, "above 0")
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
             raise ArgumentError(
                 f"hidden_size is {self.hidden_size} with {self.heads} heads; allowed: an even number per head"

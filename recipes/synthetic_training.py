@@ -56,7 +56,11 @@ def build_model(options: TaskOptions) -> LlamaForCausalLM:
         sparse_attention=options.sparse_attention or {},
     )
     if options.init_from is None:
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        if options.embedding_range is not None:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(options.embedding_range / options.initializer_range)
+        return model
     if not (Path(options.init_from) / "config.json").is_file():
         raise ArgumentError(f"init_from: {options.init_from} holds no model")
     try:

@@ -172,6 +172,18 @@ def test_the_step_computes_what_the_model_computes(preset, encoding):
     assert exact == 0
 
 
+def test_initial_embeddings_have_the_range_that_is_asked_for():
+    weights = {}
+    for embedding_range in (None, 0.5):
+        set_seed(0)
+        model = build_model(options(hidden_size=64, embedding_range=embedding_range)[0])
+        weights[embedding_range] = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    embeddings = {name: w.pop("model.embed_tokens.weight") for name, w in weights.items()}
+    torch.testing.assert_close(embeddings[0.5], 25 * embeddings[None])
+    assert embeddings[0.5].std().item() == pytest.approx(0.5, rel=0.1)
+    torch.testing.assert_close(weights[0.5], weights[None], rtol=0, atol=0)
+
+
 def test_same_seed_same_losses(tmp_path):
     curves = [
         run(tmp_path / str(i), max_steps=40, samples=0, seed=seed)["training"]["curve"]
@@ -310,6 +322,8 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"train_lengths": [9, 4]}, ["train_lengths"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16"]),
         ({"curriculum": 1.5}, ["curriculum", "1.5"]),
+        ({"embedding_range": 0.0}, ["embedding_range", "0.0"]),
+        ({"task": "mqmtar", "train_task_options": {"queries": 0}}, ["queries", "0"]),
         ({"save_dtype": "int8"}, ["save_dtype", "bfloat16"]),
         ({"output_dir": None}, ["output_dir"]),
     ],

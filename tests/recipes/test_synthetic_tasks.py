@@ -116,7 +116,15 @@ def test_a_plain_program_solves_it(name, length):
 
 
 @pytest.mark.parametrize(
-    "options", [{"density": [0.1, 1.0], "gaps": "anywhere"}, {"words": 65536}, {"words": 12}], ids=str
+    "options",
+    [
+        {"density": [0.1, 1.0], "gaps": "anywhere"},
+        {"words": 65536},
+        {"words": 12},
+        {"queries": 1},
+        {"queries": [1, 4]},
+    ],
+    ids=str,
 )
 def test_recall_with_other_options(options):
     task = make_task("mqmtar", **options)
@@ -193,6 +201,14 @@ def test_recall_density_varies():
     task = make_task("mqmtar", density=[0.1, 1.0], gaps="anywhere")
     counts = Counter(source.count(Recall.PAIR) for source, _ in rows(task, 60, 900))
     assert set(counts) == set(range(1, 11))
+
+
+def test_recall_number_of_queries_varies():
+    found = list(rows(make_task("mqmtar", queries=[2, 4]), (32, 64), 900))
+    counts = Counter(target.count(Recall.ASK) for _, target in found)
+    assert set(counts) == {2, 3, 4}
+    assert all(abs(count - 300) < 6 * 200**0.5 for count in counts.values())
+    assert all(len(target) == 3 * source.count(Recall.ASK) for source, target in found)
 
 
 def test_recall_gaps():
@@ -277,6 +293,8 @@ def test_streaming_is_divided_between_nodes():
         (lambda: make_task("mqmtar", density=[0.9, 0.1]), ["density", "0.9"]),
         (lambda: make_task("mqmtar", words=10**6), ["words", "65536"]),
         (lambda: make_task("mqmtar", gaps="none"), ["gaps", "slots", "anywhere"]),
+        (lambda: make_task("mqmtar", queries=0), ["queries", "0"]),
+        (lambda: make_task("mqmtar", queries=[4, 1]), ["queries", "4, 1", "fewest"]),
         (lambda: make_task("flip_flop", write_probability=1.0), ["write_probability"]),
         (lambda: make_task("mqmtar").sample(2, 5), ["length", "5", "6"]),
         (lambda: make_task("copy").sample(2, (9, 4)), ["9 to 4"]),

@@ -30,7 +30,7 @@ class Recall(Task):
         alphabet: symbols.
         key_tokens, value_tokens: symbols of a key and of a value.
         words: keys, and as many values, in the pools.
-        queries: how many keys are asked for.
+        queries: how many keys are asked for: a number, or the fewest and the most, each number equally likely.
         density: share of the length that pairs take, each counted with its separator and one blank: a number, or
             the least and the most; every number of pairs between them is equally likely.
         gaps: where further blanks are. slots: each pair is somewhere in its own equal share of the length;
@@ -43,7 +43,7 @@ class Recall(Task):
     key_tokens: int = 2
     value_tokens: int = 2
     words: int = 10_000
-    queries: int = 4
+    queries: int | Sequence[int] = 4
     density: float | Sequence[float] = 0.8
     gaps: str = "slots"
     pool_seed: int = 0
@@ -55,8 +55,14 @@ class Recall(Task):
     min_length: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
-        for name in ("key_tokens", "value_tokens", "queries", "words"):
+        for name in ("key_tokens", "value_tokens", "words"):
             check_count(name, getattr(self, name), 1)
+        if isinstance(self.queries, Sequence) and not isinstance(self.queries, str):
+            object.__setattr__(self, "queries", tuple(self.queries))
+            if len(self.queries) != 2 or list(self.queries) != sorted(self.queries):
+                raise ValueError(f"queries is {self.queries}; allowed: a number, or the fewest and the most.")
+        for number in self._queries:
+            check_count("queries", number, 1)
         check_count("alphabet", self.alphabet, 2)
         most = self.alphabet ** min(self.key_tokens, self.value_tokens)
         if self.words > most:
@@ -73,6 +79,10 @@ class Recall(Task):
         return self.FIRST + self.alphabet
 
     @property
+    def _queries(self) -> tuple[int, int]:
+        return self.queries if isinstance(self.queries, tuple) else (self.queries, self.queries)
+
+    @property
     def pair_span(self) -> int:
         """Tokens of a pair with its separator and one blank."""
         return self.key_tokens + self.value_tokens + 2
@@ -86,10 +96,10 @@ class Recall(Task):
         return min(self.words, max(1, int(self.density[1] * length / self.pair_span + 1e-6)))
 
     def source_tokens(self, length: int) -> int:
-        return length + self.queries * (1 + self.key_tokens)
+        return length + self._queries[1] * (1 + self.key_tokens)
 
     def target_tokens(self, length: int) -> int:
-        return self.queries * (1 + self.value_tokens)
+        return self._queries[1] * (1 + self.value_tokens)
 
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
         batch, device, pairs = lengths.shape[0], lengths.device, self.max_pairs(limit)
@@ -110,13 +120,18 @@ class Recall(Task):
         source = torch.full((batch, width + 1), self.BLANK, device=device)
         source.scatter_(1, place.flatten(1), torch.cat((keys, mark, values), dim=2).flatten(1))
 
-        asked = uniform_below(count, (batch, self.queries), generator)
-        ask = torch.full((batch, self.queries, 1), self.ASK, device=device)
+        fewest, queries = self._queries
+        asked = uniform_below(count, (batch, queries), generator)
+        ask = torch.full((batch, queries, 1), self.ASK, device=device)
         question = torch.cat((ask, _choose(keys, asked)), dim=2).flatten(1)
         source.scatter_(1, lengths[:, None] + torch.arange(question.shape[1], device=device), question)
         target = torch.cat((ask, _choose(values, asked)), dim=2).flatten(1)
-        asked_tokens = self.queries * (1 + self.key_tokens)
-        return Drawn(source[:, :-1], target, lengths + asked_tokens, torch.full_like(lengths, target.shape[1]))
+        number = torch.full_like(lengths, queries)
+        if fewest < queries:
+            number = fewest + uniform_below(number - fewest + 1, (batch,), generator)
+        # Questions and answers beyond a row's own number lie outside these lengths.
+        sizes = lengths + number * (1 + self.key_tokens), number * (1 + self.value_tokens)
+        return Drawn(source[:, :-1], target, *sizes)
 
     def _starts(self, lengths: Tensor, count: Tensor, pairs: int, generator: torch.Generator | None) -> Tensor:
         """Where each pair starts, (B, pairs); undefined for pairs beyond ``count`` (B, 1)."""
