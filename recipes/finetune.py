@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from pretrain import run_and_exit
 from pretrain_options import DataOptions, ModelOptions, RunOptions
-from pretrain_results import save_model
+from pretrain_results import save_model, unwrap
 from pretrain_setup import build_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,11 +99,10 @@ def save_adapter(
     output: Path,
 ) -> list[str]:
     """Write the adapter, then the checkpoint with the adapter as it was written merged into it."""
-    state_dict = accelerator.get_state_dict(model)
+    trained, state_dict = unwrap(accelerator, model)
     if not accelerator.is_main_process:
         return []
     adapter = output / ADAPTER
-    trained = accelerator.unwrap_model(model)
     files = replace_files(adapter, lambda folder: trained.save_pretrained(folder, state_dict=state_dict))
     length = trained.config.max_position_embeddings
     base = build_model(options, tokenizer, length)

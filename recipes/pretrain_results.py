@@ -22,15 +22,23 @@ def save_model(
     accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output: Path
 ) -> list[str]:
     """Write model and tokenizer to the output folder, each file whole or not at all; returns the file names."""
-    state_dict = accelerator.get_state_dict(model)
+    plain, state_dict = unwrap(accelerator, model)
     if not accelerator.is_main_process:
         return []
 
     def write(folder: Path) -> None:
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
+        plain.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
 
     return replace_files(output, write)
+
+
+def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model without what accelerate put around it or its parts, and its whole state, called in every process."""
+    state = accelerator.get_state_dict(model)
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    # Parts that were compiled hold what they were made of under this name.
+    return plain, {name.replace("_orig_mod.", ""): value for name, value in state.items()}
 
 
 def model_card(

@@ -188,6 +188,19 @@ def test_accumulation_gives_the_same_losses(pretrain, trained, tmp_path):
     assert whole[0]["grad_norm"] == pytest.approx(parts[0]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("by_region", ["true", "false"])
+def test_compiled_by_accelerate(pretrain, trained, tmp_path, monkeypatch, by_region):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", by_region)
+    compiled = pretrain(tmp_path / "compiled", keep_checkpoints=9)
+    resumed = pretrain(copy_until(compiled, tmp_path / "resumed", 6), resume="latest")
+    torch._dynamo.reset()
+    expected = [line["loss"] for line in read_metrics(trained)]
+    assert [line["loss"] for line in read_metrics(compiled)] == pytest.approx(expected, rel=1e-4)
+    assert weights(compiled).keys() == weights(trained).keys()
+    assert same_weights(resumed, compiled)
+
+
 def test_patching_with_an_alpha_schedule(pretrain, tmp_path):
     softmax = pretrain(
         tmp_path / "softmax", attn_implementation="sdpa", sparse_attention=None, max_steps=2, save_steps=0
