@@ -1,8 +1,11 @@
 """Weights in int8, which leave the length scale in full precision, and quantised caches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import alone, prompts, tiny_model
+from optimum.quanto.library.extensions import cpp
 from test_generation import greedy
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
@@ -72,6 +75,16 @@ def test_finely_quantized_cache_changes_nothing(model):
 
 
 QUANTO = {"q_group_size": 8, "residual_length": 3}
+
+
+@pytest.fixture(autouse=True)
+def _quanto_in_torch(monkeypatch):
+    """What quanto unpacks on a CPU with C++, and so with a compiler, in torch."""
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 def quanto_cache(model, bits):
