@@ -146,8 +146,8 @@ def _without_mask(
         start = torch.zeros_like(index) if document_starts is None else document_starts
         end = index + 1
     else:
-        if document_starts is not None and not torch.compiler.is_compiling() and bool(document_starts.any()):
-            raise ValueError("packed documents with bidirectional attention need a 4-D attention_mask")
+        if document_starts is not None:
+            _require(~document_starts.any(), "packed documents with bidirectional attention need a 4-D attention_mask")
         start, end = torch.zeros_like(index), torch.full_like(index, num_keys)
     if sliding_window is not None and sliding_window < num_keys:
         if not is_causal:
@@ -194,15 +194,15 @@ def _with_mask(
 
 
 def _has_no_holes(answer: Tensor, is_generated: bool) -> bool:
-    """The value of ``answer``; compiled code, which cannot read it, makes sure of it on a GPU, elsewhere says no."""
-    if not torch.compiler.is_compiling():
+    """The value of ``answer``; where it cannot be read, a GPU is made to check it, and a CPU says no."""
+    if not is_traced(answer):
         return bool(answer)
     if not (is_generated and answer.is_cuda):
         return False
-    torch._assert_async(
+    _require(
         answer,
-        "attention_mask hides tokens between visible ones, which compiled sparse attention does not support on a GPU: "
-        "pad on one side, or do not compile.",
+        "attention_mask hides tokens between visible ones, which sparse attention does not support in compiled code "
+        "and CUDA graphs: pad on one side, or run eagerly.",
     )
     return True
 
@@ -216,7 +216,7 @@ def _separate_documents(
 ) -> Tensor:
     """Hide keys of earlier documents from a mask that transformers made without their boundaries."""
     starts = _document_starts(mask.device, mask.shape[2], position_ids, cu_seqlens, seq_idx)
-    if starts is None or (not torch.compiler.is_compiling() and not bool(starts.any())):
+    if starts is None or (not is_traced(starts) and not bool(starts.any())):
         return mask
     # A restart at query i hides the keys before the slot of query i; restarts on padding (its slot is that of the
     # token before it, or none) hide nothing from real tokens.
@@ -283,12 +283,25 @@ def _as_bool(mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}.")
     visible = mask > torch.finfo(torch.float16).min / 2
-    if not torch.compiler.is_compiling() and bool((mask.where(visible, torch.zeros_like(mask)) != 0).any()):
-        raise ValueError(
-            "the 4-D attention_mask holds values other than 0 and a large negative number: additive biases are not "
-            "supported by sparse attention. Use a bool mask, or ALiBi through position_encoding."
-        )
+    _require(
+        (mask.where(visible, torch.zeros_like(mask)) == 0).all(),
+        "the 4-D attention_mask holds values other than 0 and a large negative number: additive biases are not "
+        "supported by sparse attention. Use a bool mask, or ALiBi through position_encoding.",
+    )
     return visible
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds; traced code stops with it when it runs."""
+    if is_traced(condition):
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor's values cannot be read now: in compiled code, and while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def memoised(inputs: tuple[Tensor | None, ...], compute: Callable[[], Any], key: Hashable = None) -> Any:
@@ -298,7 +311,7 @@ def memoised(inputs: tuple[Tensor | None, ...], compute: Callable[[], Any], key:
     compiled code or while a CUDA graph is captured, which must follow inputs that are overwritten.
     """
     first = inputs[0]
-    if first is None or torch.compiler.is_compiling() or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if first is None or is_traced(first):
         return compute()
     # Inference tensors are of no use to a later training step.
     key = key, torch.is_inference_mode_enabled()

@@ -87,3 +87,16 @@ def test_packed_documents_without_causality_are_refused():
     arguments = {**NOTHING, "is_causal": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     with pytest.raises(ValueError, match="packed documents with bidirectional attention"):
         visibility(None, QUERY, 6, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_stops_at_additive_biases(backend):
+    def visible_keys(mask):
+        return visibility(mask, QUERY, 6, **NOTHING).visible_keys
+
+    compiled = torch.compile(visible_keys, fullgraph=True, backend=backend)
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    assert compiled(mask).tolist() == [[[1, 2, 3, 4, 5, 6]]]
+    with pytest.raises(RuntimeError, match="additive biases"):
+        compiled(mask + 0.5)
+    torch._dynamo.reset()
