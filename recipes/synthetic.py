@@ -44,6 +44,8 @@ from hf_sparse_attention.runs import StopSignals, replace_files
 from hf_sparse_attention.training import get_alpha
 
 STATE = "state.pt"
+# Of Progress, in a checkpoint.
+_PROGRESS = ("step", "seconds", "warm_seconds", "stage")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,6 +63,7 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
     """Train and measure; returns the number of the signal that stopped the training, if any."""
     task = task_options.trained_task()
     low, high = options.lengths(task)
+    tasks = options.all_stages(task_options.trained_tasks())
     try:
         task.check_length(low)
         for multiple in eval_options.multiples:
@@ -82,7 +85,7 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
             (output / "metrics.jsonl").unlink()
         set_seed(options.seed)
         model = build_model(task_options).to(device)
-        trainer, progress = Trainer(model, task, options, device), Progress(options)
+        trainer, progress = Trainer(model, tasks, options, device), Progress(options)
         alpha = get_alpha(model)
         if checkpoint is not None:
             restore(checkpoint, trainer, progress, output)
@@ -114,7 +117,7 @@ def train_and_measure(
         write_checkpoint(
             target,
             lambda folder: torch.save(trainer.state_dict(), folder / STATE),
-            {"step": progress.step, "seconds": progress.seconds, "warm_seconds": progress.warm_seconds},
+            {name: getattr(progress, name) for name in _PROGRESS},
             is_main=True,
             wait=lambda: None,
         )
@@ -142,9 +145,10 @@ def train_and_measure(
             for line in train(trainer, progress, output / "metrics.jsonl", stop, alpha):
                 if line["seconds"] - shown >= 10:
                     shown = line["seconds"]
+                    stage = f", stage {line['stage'] + 1}" if len(trainer.stages) > 1 else ""
                     print(
                         f"step {line['step']:,} ({line['seconds']:.0f} s, {line['samples']:,} samples): "
-                        f"loss {line['loss']:.4f}, exact {line['exact_match']:.1%}, longest {line['longest']}",
+                        f"loss {line['loss']:.4f}, exact {line['exact_match']:.1%}, longest {line['longest']}{stage}",
                         flush=True,
                     )
                 if options.save_steps and line["step"] % options.save_steps < options.logging_steps:
@@ -229,8 +233,8 @@ def read_status(output: Path) -> str | None:
 def restore(checkpoint: Path, trainer: Trainer, progress: Progress, output: Path) -> None:
     state = read_state(checkpoint)
     trainer.load_state_dict(torch.load(checkpoint / STATE, map_location=trainer.device, weights_only=True))
-    progress.step, progress.seconds = state["step"], state["seconds"]
-    progress.warm_seconds = state["warm_seconds"]
+    for name in _PROGRESS:
+        setattr(progress, name, state[name])
     log = output / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
@@ -242,7 +246,7 @@ def thinned(curve: list[dict[str, float]], points: int = 300) -> dict[str, list[
     """At most ``points`` lines of the curve, the last among them, as columns."""
     stride = max(1, -(-len(curve) // points))
     kept = curve[::-1][::stride][::-1]
-    names = ("step", "seconds", "loss", "exact_match", "grad_norm", "longest", "alpha")
+    names = ("step", "seconds", "loss", "exact_match", "grad_norm", "longest", "alpha", "stage")
     return {name: [float(f"{line[name]:.5g}") for line in kept] for name in names}
 
 

@@ -26,6 +26,14 @@ class TaskOptions:
         default=None,
         metadata=_help("options of the task for training rows only, e.g. '{\"density\": [0.1, 0.9]}'", metavar="JSON"),
     )
+    stages: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "options of the task for training rows in one stage after another, on top of train_task_options: a list "
+            "with a value for each stage, e.g. '{\"queries\": [1, 2, 4]}'; see stage_exact",
+            metavar="JSON",
+        ),
+    )
     attn_implementation: str = field(default="asentmax", metadata=_help(f"one of {', '.join(PRESETS)}"))
     sparse_attention: dict | str | None = field(
         default=None,
@@ -50,7 +58,7 @@ class TaskOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("task_options", "train_task_options", "sparse_attention"):
+        for name in ("task_options", "train_task_options", "stages", "sparse_attention"):
             setattr(self, name, parse_mapping(name, getattr(self, name)))
         if self.task is None:
             raise ArgumentError(f"task: none given; allowed: {', '.join(TASKS)}")
@@ -66,19 +74,33 @@ class TaskOptions:
                 f"hidden_size is {self.hidden_size} with {self.heads} heads; allowed: an even number per head"
             )
         try:
-            evaluated, trained = self.evaluated_task(), self.trained_task()
+            evaluated, trained = self.evaluated_task(), self.trained_tasks()
             settings = {**(self.sparse_attention or {}), "preset": self.attn_implementation}
             SparseAttentionConfig.from_dict(settings).num_alibi_heads(self.heads)
         except (TypeError, ValueError) as error:
             raise ArgumentError(str(error)) from error
-        if evaluated.vocab_size != trained.vocab_size:
-            raise ArgumentError(
-                f"train_task_options: the vocabulary has {trained.vocab_size} tokens in training and "
-                f"{evaluated.vocab_size} in the evaluation; put what changes it into task_options"
-            )
+        for task in trained:
+            if evaluated.vocab_size != task.vocab_size:
+                raise ArgumentError(
+                    f"train_task_options, stages: the vocabulary has {task.vocab_size} tokens in training and "
+                    f"{evaluated.vocab_size} in the evaluation; put what changes it into task_options"
+                )
 
     def trained_task(self) -> Task:
-        return make_task(self.task, **{**(self.task_options or {}), **(self.train_task_options or {})})
+        """That of the last stage."""
+        return self.trained_tasks()[-1]
+
+    def trained_tasks(self) -> list[Task]:
+        """The task of each stage, or the only one."""
+        options, stages = {**(self.task_options or {}), **(self.train_task_options or {})}, self.stages or {}
+        counts = {name: len(values) if isinstance(values, list) else 0 for name, values in stages.items()}
+        if len(set(counts.values())) > 1 or 0 in counts.values():
+            raise ArgumentError(f"stages is {stages}; allowed: for each option a list with a value for each stage")
+        number = max(counts.values(), default=1)
+        return [
+            make_task(self.task, **{**options, **{name: values[i] for name, values in stages.items()}})
+            for i in range(number)
+        ]
 
     def evaluated_task(self) -> Task:
         options = dict(self.task_options or {})
@@ -119,6 +141,13 @@ class TrainOptions:
     curriculum_length: int | None = field(
         default=None, metadata=_help("longest source at the start of the curriculum; default: the shortest")
     )
+    stage_lengths: list[int] | None = field(
+        default=None, metadata=_help("longest source of each stage; default: no limit of its own")
+    )
+    stage_exact: float = field(
+        default=0.9,
+        metadata=_help("a stage ends when this share of the rows between two lines of the log has been right"),
+    )
     alpha_start: float = field(default=1.0, metadata=_help("entmax exponent at the start when alpha_share is above 0"))
     alpha_share: float = field(
         default=0.0, metadata=_help("share of the training in which alpha moves to its configured value")
@@ -148,7 +177,7 @@ class TrainOptions:
             _check(value is None or value > 0, name, value, "above 0")
         for name in ("warmup_steps", "weight_decay", "scale_lr_multiplier", "save_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("final_learning_rate", "curriculum", "alpha_share"):
+        for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _check(1 <= self.alpha_start <= 2, "alpha_start", self.alpha_start, "1 to 2")
         _check(self.mixed_precision in ("bf16", "no"), "mixed_precision", self.mixed_precision, "bf16, no")
@@ -160,6 +189,23 @@ class TrainOptions:
     def lengths(self, task: Task) -> tuple[int, int]:
         low, high = self.train_lengths or task.train_lengths
         return low, high
+
+    def all_stages(self, tasks: list[Task]) -> list[Task]:
+        """The task of each stage where ``stage_lengths`` may be what makes them.
+
+        Raises:
+            ArgumentError: ``stage_lengths`` does not fit the tasks.
+        """
+        lengths = self.stage_lengths
+        if lengths is None:
+            return tasks
+        low, high = self.lengths(tasks[-1])
+        if len(tasks) not in (1, len(lengths)) or not all(low <= longest <= high for longest in lengths):
+            raise ArgumentError(
+                f"stage_lengths is {lengths}; allowed: {len(tasks) if len(tasks) > 1 else 'some'} lengths "
+                f"of {low} to {high}, one for each stage"
+            )
+        return tasks if len(tasks) > 1 else tasks * len(lengths)
 
 
 @dataclass

@@ -107,10 +107,16 @@ class Trainer:
 
     Attributes:
         captured: seconds spent on compiling and capturing.
+        stages: a task for each.
+        task: that of the next steps.
     """
 
-    def __init__(self, model: LlamaForCausalLM, task: Task, options: TrainOptions, device: torch.device) -> None:
-        self.model, self.task, self.options, self.device = model, task, options, device
+    def __init__(
+        self, model: LlamaForCausalLM, tasks: Task | list[Task], options: TrainOptions, device: torch.device
+    ) -> None:
+        self.model, self.options, self.device = model, options, device
+        self.stages = options.all_stages([tasks] if isinstance(tasks, Task) else tasks)
+        self.task = self.stages[0]
         self.graphed = options.cuda_graph and device.type == "cuda"
         groups = hf_sparse_attention.parameter_groups(
             model, options.weight_decay, options.learning_rate, options.scale_lr_multiplier
@@ -144,6 +150,12 @@ class Trainer:
         with self._on_stream():
             self.shortest.fill_(low)
             self.longest.fill_(high)
+
+    def set_stage(self, stage: int) -> None:
+        """The task of the next steps, which is part of a captured graph."""
+        if self.stages[stage] != self.task:
+            self.task = self.stages[stage]
+            self.forget()
 
     def set_alpha(self, alpha: float) -> None:
         """The exponent is part of a captured graph."""
@@ -242,12 +254,14 @@ class Progress:
         step: finished steps.
         seconds: of training, as last read.
         warm_seconds: of them until the end of the warm-up.
+        stage: of the next step, from 0.
     """
 
     options: TrainOptions
     step: int = 0
     seconds: float = 0.0
     warm_seconds: float = 0.0
+    stage: int = 0
 
     def share(self) -> float:
         """Of the whole training, 0 to 1."""
@@ -272,6 +286,8 @@ class Progress:
         if self.options.curriculum:
             start = max(low, min(high, self.options.curriculum_length or low))
             high = start + round((high - start) * min(1.0, self.share() / self.options.curriculum))
+        if self.options.stage_lengths:
+            high = min(high, self.options.stage_lengths[self.stage])
         return low, high
 
     def alpha(self, target: float) -> float:
@@ -296,8 +312,8 @@ def train(
     Raises:
         NonFiniteLoss: between two lines the loss has become NaN or infinite.
     """
-    options, task = trainer.options, trainer.task
-    low, full = options.lengths(task)
+    options = trainer.options
+    low, full = options.lengths(trainer.task)
     target = get_alpha(trainer.model) if alpha is None else alpha
     trainer.model.train()
     began, last = None, progress.step
@@ -307,6 +323,7 @@ def train(
         wanted = progress.alpha(target)
         if wanted != get_alpha(trainer.model):
             trainer.set_alpha(wanted)
+        trainer.set_stage(progress.stage)
         lengths = progress.lengths(low, full)
         if lengths != applied:
             trainer.set_lengths(*lengths)
@@ -339,8 +356,11 @@ def train(
             "learning_rate": options.learning_rate * progress.rate(),
             "longest": lengths[1],
             "alpha": wanted,
+            "stage": progress.stage,
         }
         last = progress.step
+        if exact >= options.stage_exact and progress.stage + 1 < len(trainer.stages):
+            progress.stage += 1
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         yield line

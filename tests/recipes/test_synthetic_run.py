@@ -280,6 +280,48 @@ def test_curriculum_and_alpha_reach_the_step():
     assert limits == [8, 8, 12, 12, 13, 13, 13, 13]
 
 
+STAGED = {
+    "task": "mqmtar",
+    "train_task_options": {"density": [0.1, 0.9], "words": 64},
+    "stages": {"queries": [1, [1, 2], 3], "gaps": ["slots", "anywhere", "slots"]},
+    "stage_lengths": [8, 13, 20],
+    "train_lengths": [6, 20],
+    "pad_multiple": 4,
+    "max_steps": 6,
+    "logging_steps": 1,
+}
+
+
+def test_stages_follow_what_is_right():
+    """Each stage has its options and its longest source, and ends after a line that reaches stage_exact."""
+    task_options, train_options, _ = options(**STAGED, stage_exact=0.75)
+    trainer = Trainer(build_model(task_options), task_options.trained_tasks(), train_options, torch.device("cpu"))
+    seen = []
+    trainer.steps = lambda limit: (seen.append((trainer.task.queries, trainer.task.gaps, limit)), 1)[1]
+    right = iter([0.5, 0.75, 0.1, 0.8, 1.0, 0.3])
+    trainer.read = lambda: [1.0, next(right), 1.0]
+
+    class Never:
+        number = None
+
+    lines = list(train(trainer, Progress(train_options), log=os.devnull, stop=Never))
+    assert [line["stage"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    assert [line["longest"] for line in lines] == [8, 8, 13, 13, 20, 20]
+    first, second, third = (1, "slots", 8), ((1, 2), "anywhere", 16), (3, "slots", 20)
+    assert seen == [first, first, second, second, third, third]
+
+
+def test_a_resumed_run_is_in_its_stage(tmp_path):
+    changes = {**STAGED, "stage_exact": 0.0, "samples": 0, "save_steps": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "evaluate", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "out", **{**changes, "max_steps": 2})
+    results = run(tmp_path / "out", resume="latest", **changes)
+    assert results["training"]["curve"]["stage"] == [0, 1, 2, 2, 2, 2]
+    assert results["training"]["curve"]["longest"] == [8, 13, 20, 20, 20, 20]
+
+
 def test_alpha_arrives_however_long_it_takes():
     task_options, train_options, _ = options(max_steps=5, alpha_share=1.0, alpha_stages=2, logging_steps=1)
     model = build_model(task_options)
@@ -322,6 +364,11 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"train_lengths": [9, 4]}, ["train_lengths"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16"]),
         ({"curriculum": 1.5}, ["curriculum", "1.5"]),
+        ({"stages": {"alphabet": 9}}, ["stages", "list"]),
+        ({"stages": {"steps": [1, 2], "alphabet": [16]}}, ["stages", "list"]),
+        ({"stages": {"alphabet": [9, 16]}}, ["stages", "vocabulary"]),
+        ({"stages": {"alphbet": [9, 16]}}, ["alphbet"]),
+        ({"stage_exact": 2.0}, ["stage_exact", "2.0"]),
         ({"embedding_range": 0.0}, ["embedding_range", "0.0"]),
         ({"task": "mqmtar", "train_task_options": {"queries": 0}}, ["queries", "0"]),
         ({"save_dtype": "int8"}, ["save_dtype", "bfloat16"]),
@@ -333,6 +380,13 @@ def test_bad_options_are_named(changes, words):
     with pytest.raises(ArgumentError) as error:
         options(**changes)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("lengths", [[8], [8, 40], [2, 20]], ids=str)
+def test_lengths_of_stages_that_do_not_fit_are_refused(lengths, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", **{**STAGED, "stages": {"queries": [1, 2]}, "stage_lengths": lengths})
+    assert "stage_lengths is" in capsys.readouterr().err
 
 
 def test_lengths_below_the_task_are_refused(tmp_path, capsys):
