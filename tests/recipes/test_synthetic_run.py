@@ -1,5 +1,6 @@
 """synthetic.py trains, measures what it keeps, and survives signals and bad options."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import synthetic
 import torch
 from safetensors.torch import load_file
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
-from synthetic_training import Progress, Trainer, build_model, last_hidden_states, target_loss, train
+from synthetic_training import Progress, Trainer, build_model, fused_norms, last_hidden_states, target_loss, train
 from tiny_run import RECIPES, as_flags
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -170,6 +171,30 @@ def test_the_step_computes_what_the_model_computes(preset, encoding):
     loss, exact = target_loss(model, *samples, task.label_tokens(17))
     torch.testing.assert_close(loss, expected.loss)
     assert exact == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_fused_norms_compute_the_same(autocast):
+    task_options = options(task="sort", layers=2)[0]
+    model, task = build_model(task_options), task_options.trained_task()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    samples = task.sample(5, (3, 17), torch.Generator().manual_seed(0))
+    results = []
+    for context in (contextlib.nullcontext(), fused_norms(model)):
+        model.zero_grad()
+        with context, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = target_loss(model, *samples, task.label_tokens(17))[0]
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    tolerance = {"rtol": 1e-2, "atol": 2e-3} if autocast else {}
+    torch.testing.assert_close(results[1], results[0], **tolerance)
+    with fused_norms(model):
+        inside = [type(module).__name__ for module in model.modules()]
+    after = [type(module).__name__ for module in model.modules()]
+    assert (inside.count("_FusedNorm"), after.count("LlamaRMSNorm"), after.count("_FusedNorm")) == (5, 5, 0)
 
 
 def test_initial_embeddings_have_the_range_that_is_asked_for():
