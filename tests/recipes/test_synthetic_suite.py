@@ -32,6 +32,8 @@ def test_configs(path):
     task_options, train_options, _ = parse(TaskOptions, TrainOptions, EvalOptions, argv=[str(path)])
     with torch.device("meta"):
         model = build_model(task_options)
+    stages = train_options.all_stages(task_options.trained_tasks())
+    assert len(stages) == len(train_options.stage_lengths or [task_options.task])
     assert model.config.num_hidden_layers == task_options.layers
     assert f"{path.stem.removesuffix('_short')}" in ("tiny", task_options.task)
     if path.stem in PAPER:
