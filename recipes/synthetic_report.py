@@ -66,6 +66,7 @@ def synthetic_card(config: PreTrainedConfig, results: Mapping[str, Any], output:
         training={
             "task": results["task"],
             "task options": settings["train_task_options"] or settings["task_options"],
+            **({"stages": settings["stages"]} if settings.get("stages") else {}),
             "source tokens": f"{results['train_lengths'][0]} to {results['train_lengths'][1]}",
             "samples": f"{training['samples']:,}",
             "steps": training["steps"],
