@@ -16,14 +16,18 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[recipes,test]'
+	$(BIN)/python -m pip install -q -e '.[recipes]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[test]'
 	touch $@
 
 quickstart: install
 	$(BIN)/python recipes/quickstart.py
 
 # One process per core, each on one thread.
-test: install
+test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/.installed
@@ -40,11 +44,11 @@ test-oldest: .venv-oldest/.installed
 
 # On a machine with a GPU: the kernels, and models on the GPU.
 GPU_TESTS := analysis composite conversion export families generation invariance loading long_rows masks peft refusals registration
-test-gpu: install
+test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest --device cuda $(GPU_TESTS:%=tests/integration/test_%.py)
 	$(BIN)/python -m pytest tests/integration/test_training.py
 
-lint: install
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
