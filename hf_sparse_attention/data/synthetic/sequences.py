@@ -29,12 +29,6 @@ class Copy(Task):
     def vocab_size(self) -> int:
         return FIRST_SYMBOL + self.alphabet
 
-    def source_tokens(self, length: int) -> int:
-        return length
-
-    def target_tokens(self, length: int) -> int:
-        return length
-
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
         source = symbols(self.alphabet, (lengths.shape[0], limit), generator, lengths.device)
         return Drawn(source, self._answer(source, lengths), lengths, lengths)
@@ -76,9 +70,6 @@ class Parity(Task):
     @property
     def vocab_size(self) -> int:
         return FIRST_SYMBOL + 2
-
-    def source_tokens(self, length: int) -> int:
-        return length
 
     def target_tokens(self, length: int) -> int:
         return 1

@@ -39,12 +39,6 @@ class LocalCount(Task):
     def vocab_size(self) -> int:
         return self.first_count + self.max_repeats
 
-    def source_tokens(self, length: int) -> int:
-        return length
-
-    def target_tokens(self, length: int) -> int:
-        return length
-
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
         batch, device = lengths.shape[0], lengths.device
         shape = (batch, limit // 2 + 1)
@@ -81,12 +75,6 @@ class NBack(Task):
     @property
     def vocab_size(self) -> int:
         return FIRST_SYMBOL + self.alphabet
-
-    def source_tokens(self, length: int) -> int:
-        return length
-
-    def target_tokens(self, length: int) -> int:
-        return length
 
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
         source = symbols(self.alphabet - 1, (lengths.shape[0], limit), generator, lengths.device) + 1
