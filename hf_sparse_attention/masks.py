@@ -278,8 +278,7 @@ def _as_bool(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if mask.dtype == _GENERATED:
-        # Compiled code cannot always reinterpret bytes as bool.
-        return mask != 0 if torch.compiler.is_compiling() else mask.view(torch.bool)
+        return mask != 0
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}.")
     visible = mask > torch.finfo(torch.float16).min / 2
