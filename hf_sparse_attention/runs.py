@@ -124,6 +124,8 @@ class StopSignals:
 
     def received(self) -> bool:
         """Whether any process has got one: all of them must leave after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.number is not None  # asking the others would wait for the device
         if self.number is not None:
             self.accelerator.set_trigger()
         if not self.accelerator.check_trigger():

@@ -11,13 +11,12 @@ the model, tokenizer and card at its top, checkpoint-* folders, metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from pretrain_setup import (
     training_rows,
     validation_rows,
 )
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -53,11 +53,17 @@ from hf_sparse_attention.checkpoints import (
     remove_old,
     write_checkpoint,
 )
-from hf_sparse_attention.data import DataError, collate_rows, load_documents
+from hf_sparse_attention.data import (
+    IGNORED_LABEL,
+    DataError,
+    count_labels,
+    load_documents,
+    split_batches,
+    step_rows,
+)
 from hf_sparse_attention.loading import load_tokenizer
 from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
 
-IGNORED_LABEL = -100
 MakeModel = Callable[[ModelOptions, PreTrainedTokenizerBase, int], torch.nn.Module]
 SaveResult = Callable[[Accelerator, torch.nn.Module, PreTrainedTokenizerBase, Path], list[str]]
 
@@ -170,7 +176,7 @@ def train(
         if not saved:
             replace_files(output, tokenizer.save_pretrained)
         validation = validation_rows(tokenizer, data_options)
-    rows = training_rows(documents, tokenizer, data_options, options.seed)
+        rows = training_rows(documents, tokenizer, data_options, options.seed)
     model = make_model(model_options, tokenizer, data_options.length)
     parameters, fields = model.num_parameters(), model_fields(model, model_options)
 
@@ -179,7 +185,10 @@ def train(
     )
     group_settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     adam = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
-    optimizer = torch.optim.AdamW(groups, **adam)
+    # The fused optimizer can be told on the device to leave everything as it is, so that the host need not wait for
+    # each loss. Divided parameters do not have that.
+    fused = accelerator.distributed_type != DistributedType.FSDP
+    optimizer = torch.optim.AdamW(groups, **adam, fused=fused)
     plain_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     alpha_schedule = None
@@ -208,57 +217,92 @@ def train(
     if options.trackers:
         accelerator.init_trackers(options.project, {name: str(value) for name, value in settings.items()})
 
-    def save(name: str, data: dict[str, Any]) -> None:
-        progress = {"step": step, "tokens": tokens, "evaluation": evaluation, "pending_losses": log.pending}
+    def save(name: str, progress: dict[str, Any]) -> None:
         write_checkpoint(
             output / name,
             lambda folder: accelerator.save_state(str(folder)),
-            {**progress, "data": data, "model": fields},
+            {**progress, "evaluation": evaluation, "pending_losses": log.pending, "model": fields},
             is_main=accelerator.is_main_process,
             wait=accelerator.wait_for_everyone,
         )
 
+    # Steps whose loss and gradient norm are still on the device, each with the progress before it.
+    unread: list[tuple[dict[str, Any], torch.Tensor]] = []
+    stopped = torch.zeros((), device=accelerator.device)
+    if fused:
+        optimizer.optimizer.found_inf = stopped
+    step_tokens = options.batch_size * data_options.length
+
+    def read_losses(began: float) -> float:
+        """Wait for the steps since the last call, note their losses and return the last gradient norm."""
+        norm = math.nan
+        values = torch.stack([value for _, value in unread]).tolist()
+        seconds = (time.perf_counter() - began) / len(unread)
+        for (before, _), (loss, norm) in zip(unread, values):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                number = before["step"] + 1
+                name = f"nonfinite-{number:08d}"
+                save(name, before)
+                raise NonFiniteLoss(
+                    f"step {number}: loss {loss}, gradient norm {norm}; the state before it is in {output / name}"
+                )
+            log.add(loss, step_tokens, seconds)
+        unread.clear()
+        bar.set_postfix_str(log.summary(), refresh=False)
+        return norm
+
     model.train()
-    row_iterator = iter(rows)
-    position = rows.state_dict()
+    progress = {"step": step, "tokens": tokens, "data": rows.state_dict()}
+    steps = step_rows(
+        rows,
+        options.batch_size,
+        options.device_batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
     bar = tqdm(total=options.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
-    with StopSignals(accelerator) as signals, bar:
+    with StopSignals(accelerator) as signals, contextlib.closing(steps), bar:
         while step < options.max_steps:
-            began = time.perf_counter()
+            if not unread:
+                began = time.perf_counter()
             factor = options.learning_rate_factor(step)
             for group, own in zip(optimizer.param_groups, group_settings, strict=True):
                 group["lr"] = own["lr"] * factor
             alpha = alpha_schedule.step(step) if alpha_schedule else None
 
-            # Every process reads all rows of the step and keeps its share: the same rows on any number of processes.
-            batch = list(itertools.islice(row_iterator, options.batch_size))
-            loss = forward_backward(accelerator, model, batch, options.device_batch_size)
-            norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                name = f"nonfinite-{step + 1:08d}"
-                save(name, position)
-                raise NonFiniteLoss(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; the state before it is in {output / name}"
-                )
+            rows_now = next(steps)
+            loss = forward_backward(accelerator, model, rows_now.batches, rows_now.labels)
+            norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            values = torch.stack([loss, norm])
+            unread.append((progress, values))
+            # Once a value is not finite, no later step changes anything until the host has noticed.
+            torch.maximum(stopped, (~values.isfinite().all()).float(), out=stopped)
+            if not fused:
+                norm = read_losses(began)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            tokens += options.batch_size * data_options.length
-            position = rows.state_dict()
+            tokens += step_tokens
+            progress = {"step": step, "tokens": tokens, "data": rows_now.position}
 
-            log.add(loss, options.batch_size * data_options.length, time.perf_counter() - began)
             bar.update()
-            bar.set_postfix_str(log.summary(), refresh=False)
             last = step == options.max_steps
-            if step % options.logging_steps == 0 or last:
+            logging = step % options.logging_steps == 0 or last
+            evaluating = validation and (last or (options.eval_steps and step % options.eval_steps == 0))
+            stopping = signals.received()
+            saving = last or stopping or (options.save_steps and step % options.save_steps == 0)
+            if unread and (logging or evaluating or saving):
+                norm = read_losses(began)
+            if logging:
                 rate = options.learning_rate * factor
                 log.write(step, learning_rate=rate, grad_norm=norm, tokens=tokens, alpha=alpha)
-            if validation and (last or (options.eval_steps and step % options.eval_steps == 0)):
+            if evaluating:
                 evaluation = evaluate(accelerator, model, validation, options.device_batch_size)
                 log.append(step, evaluation)
-            stopping = signals.received()
-            if last or stopping or (options.save_steps and step % options.save_steps == 0):
-                save(checkpoint_name(step), position)
+            if saving:
+                save(checkpoint_name(step), progress)
                 if accelerator.is_main_process:
                     remove_old(output, options.keep_checkpoints)
             if stopping and not last:
@@ -294,33 +338,25 @@ def restore(accelerator: Accelerator, checkpoint: Path, optimizer: torch.optim.O
         )
 
 
-def count_labels(rows: list[dict[str, torch.Tensor]]) -> int:
-    # The first token of a row is predicted by nothing.
-    return max(1, sum(int((row["labels"][1:] != IGNORED_LABEL).sum()) for row in rows))
-
-
-def local_batches(accelerator: Accelerator, rows: list[dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
-    """This process's share of the rows as batches on its device."""
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    for start in range(0, len(mine), size):
-        batch = collate_rows(mine[start : start + size])
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def forward_backward(
-    accelerator: Accelerator, model: torch.nn.Module, rows: list[dict[str, torch.Tensor]], size: int
-) -> float:
-    """Gradients of the mean loss over all labels of the step; returns that mean."""
-    labels = count_labels(rows)
+    accelerator: Accelerator, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], labels: int
+) -> torch.Tensor:
+    """Gradients of the mean loss over all labels of the step; returns that mean, on the device."""
     total = torch.zeros((), device=accelerator.device)
-    batches = list(local_batches(accelerator, rows, size))
+    # A tensor: compiled code would be compiled anew for another number.
+    count = torch.tensor(float(labels)).to(accelerator.device, non_blocking=True)
     for number, batch in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
-            loss = model(**batch, use_cache=False, num_items_in_batch=labels).loss
+            batch = to_device(batch, accelerator.device)
+            loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
             # Gradients are averaged over processes, the loss is a sum over them.
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    return accelerator.reduce(total, "sum").item()
+    return accelerator.reduce(total, "sum")
 
 
 @torch.no_grad()
@@ -334,7 +370,9 @@ def evaluate(
     blank = {**rows[0], "labels": torch.full_like(rows[0]["labels"], IGNORED_LABEL)}
     model.eval()
     total = torch.zeros((), device=accelerator.device)
-    for batch in local_batches(accelerator, [*rows, *[blank] * missing], size):
+    own = [*rows, *[blank] * missing][accelerator.process_index :: accelerator.num_processes]
+    for batch in split_batches(own, size):
+        batch = to_device(batch, accelerator.device)
         total += model(**batch, use_cache=False, num_items_in_batch=labels).loss
     model.train()
     loss = accelerator.reduce(total, "sum").item()

@@ -88,6 +88,10 @@ class DataOptions:
     retrieval_tasks: list[str] | None = field(
         default=None, metadata=_help("needle tasks; default s_niah_1 and s_niah_2")
     )
+    retrieval_questions: int = field(
+        default=1,
+        metadata=_help("needles of a retrieval row that are asked for at its end, if half of the row holds them"),
+    )
     retrieval_format: dict | str | None = field(
         default=None, metadata=_help("wording, number_digits, uuid_characters of the needles", metavar="JSON")
     )
@@ -96,7 +100,7 @@ class DataOptions:
         self.retrieval_format = parse_mapping("retrieval_format", self.retrieval_format)
         if not self.train_data:
             raise ArgumentError("train_data: no text given")
-        for name, least in (("length", 2), ("shuffle_tokens", 1), ("validation_rows", 1)):
+        for name, least in (("length", 2), ("shuffle_tokens", 1), ("validation_rows", 1), ("retrieval_questions", 1)):
             _check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _check(0 <= self.retrieval_fraction < 1, "retrieval_fraction", self.retrieval_fraction, "0 to below 1")
 

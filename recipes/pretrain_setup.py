@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from pretrain_options import DataOptions, ModelOptions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse_attention.arguments import ArgumentError, load_yaml
-from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, train_tokenizer
+from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, tokenize_documents, train_tokenizer
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, make_training_rows
 from hf_sparse_attention.loading import check_finite, load_tokenizer, naming_broken_files
 
@@ -141,7 +142,8 @@ def training_rows(
 ) -> PackedRows | MixedRows:
     """Rows of packed text, with retrieval rows among them if asked for."""
     rows = PackedRows(
-        documents,
+        # A stream is tokenized as it is read.
+        tokenize_documents(documents, tokenizer) if isinstance(documents, datasets.Dataset) else documents,
         tokenizer,
         options.length,
         seed=seed,
@@ -158,6 +160,7 @@ def training_rows(
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"retrieval_format: {error}") from error
     settings = {"length": options.length, "format": format, "seed": seed, "bos": tokenizer.bos_token_id is not None}
+    settings["questions"] = options.retrieval_questions
     if options.retrieval_tasks:
         settings["tasks"] = options.retrieval_tasks
 

@@ -1,7 +1,23 @@
 """Text for pretraining: documents, tokenizer, rows of packed tokens."""
 
-from .packing import MixedRows, PackedRows, collate_rows
+from .packing import IGNORED_LABEL, MixedRows, PackedRows, collate_rows
+from .steps import StepRows, count_labels, split_batches, step_rows
 from .text import DataError, is_local, load_documents
+from .tokenized import tokenize_documents
 from .tokenizer import train_tokenizer
 
-__all__ = ["DataError", "MixedRows", "PackedRows", "collate_rows", "is_local", "load_documents", "train_tokenizer"]
+__all__ = [
+    "IGNORED_LABEL",
+    "DataError",
+    "MixedRows",
+    "PackedRows",
+    "StepRows",
+    "collate_rows",
+    "count_labels",
+    "is_local",
+    "load_documents",
+    "split_batches",
+    "step_rows",
+    "tokenize_documents",
+    "train_tokenizer",
+]

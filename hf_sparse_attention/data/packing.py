@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .text import DataError
+from .tokenized import TOKENS, encode_documents
 
 if TYPE_CHECKING:
     import datasets
@@ -31,11 +32,14 @@ class PackedRows:
     """Iterate over rows ``{"input_ids", "labels", "position_ids"}``, each a LongTensor of shape (length,).
 
     Positions restart at 0 at every document start and at the row start, and the first token of a document is no
-    label, so that attention, positions and loss stay within documents. With ``cross_documents`` positions run through
-    the row and every token is a label.
+    label, so that attention, positions and loss stay within documents. With ``cross_documents`` rows have no
+    ``position_ids``: a model then counts through the row, and need not look for documents in it. Every token is a
+    label then.
 
     Args:
         documents: a data set with the column ``text``, or a list of texts. A streamed one is read in stored order.
+            Or a data set with the column ``input_ids``, as :func:`tokenize_documents` makes it: quicker, as every
+            epoch reads the same tokens.
         tokenizer: gives bos and eos, if it has them, around each document.
         length: tokens per row.
         seed: order of documents (not streamed) and of rows.
@@ -106,22 +110,11 @@ class PackedRows:
             while block is not None:
                 upcoming: Future[_Block | None] = executor.submit(self._make_block, block.next)
                 while self._row < len(block.order):
-                    row = block.order[self._row]
+                    row = int(block.order[self._row])
                     self._row += 1
-                    yield self._make_row(block.tokens[row], block.first[row])
+                    yield {name: column[row] for name, column in block.columns.items()}
                 self._start, self._row = block.next, 0
                 block = upcoming.result()
-
-    def _make_row(self, tokens: np.ndarray, first: np.ndarray) -> Row:
-        input_ids = torch.from_numpy(tokens.astype(np.int64))
-        labels = input_ids.clone()
-        index = np.arange(self.length)
-        if self.cross_documents:
-            positions = index
-        else:
-            positions = index - np.maximum.accumulate(np.where(first, index, 0))
-            labels[torch.from_numpy(first)] = IGNORED_LABEL
-        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(positions)}
 
     def _make_block(self, start: _BlockStart) -> _Block | None:
         """The next block that has at least one row; None at the end of the last epoch."""
@@ -140,9 +133,20 @@ class PackedRows:
                 shape = (rows, self.length)
                 order = np.random.default_rng([self.seed, start.index]).permutation(rows)
                 kept = rows * self.length
-                return _Block(tokens[:kept].reshape(shape), first[:kept].reshape(shape), order, upcoming)
+                columns = self._make_columns(tokens[:kept].reshape(shape), first[:kept].reshape(shape))
+                return _Block(columns, order, upcoming)
             start = upcoming
         return None
+
+    def _make_columns(self, tokens: np.ndarray, first: np.ndarray) -> Row:
+        """All rows of a block at once, (rows, length); a row of it is a view."""
+        input_ids = torch.from_numpy(tokens.astype(np.int64))
+        if self.cross_documents:
+            return {"input_ids": input_ids, "labels": input_ids}
+        index = np.arange(self.length)
+        positions = index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+        labels = input_ids.masked_fill(torch.from_numpy(first), IGNORED_LABEL)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(positions)}
 
     def _read_tokens(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """Tokens of whole documents, which of them begin a document, and whether the epoch ended."""
@@ -150,32 +154,24 @@ class PackedRows:
         total, ended = 0, False
         wanted = max(self.block_tokens, self.length)
         while total < wanted and not ended:
-            texts, characters = [], 0
-            while characters < min(_BATCH_CHARACTERS, 4 * wanted):
-                text = self._reader.read()
-                if text is None:
+            documents, size = [], 0
+            while size < (wanted - total if self._reader.tokenized else min(_BATCH_CHARACTERS, 4 * wanted)):
+                document = self._reader.read()
+                if document is None:
                     ended = True
                     break
-                if text.strip():
-                    texts.append(text)
-                    characters += len(text)
-            for ids in self._encode(texts):
+                if self._reader.tokenized or document.strip():
+                    documents.append(document)
+                    size += len(document)
+            for ids in documents if self._reader.tokenized else encode_documents(documents, self.tokenizer):
                 pieces.append(ids)
                 total += len(ids)
-        if not pieces:
+        if not total:
             return np.zeros(0, np.int32), np.zeros(0, bool), ended
+        pieces = [piece for piece in pieces if len(piece)]
         first = np.zeros(total, bool)
         first[np.cumsum([0] + [len(piece) for piece in pieces[:-1]])] = True
         return np.concatenate(pieces), first, ended
-
-    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        if not texts:
-            return
-        before = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        after = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for ids in encoded["input_ids"]:
-            yield np.array([*before, *ids, *after], dtype=np.int32)
 
 
 class MixedRows:
@@ -225,7 +221,8 @@ class MixedRows:
             if is_extra:
                 self._extra_drawn += 1
                 row = {name: torch.tensor(values) for name, values in next(extra).items()}
-                yield {**row, "position_ids": torch.arange(self.rows.length)}
+                positions = {} if self.rows.cross_documents else {"position_ids": torch.arange(self.rows.length)}
+                yield {**row, **positions}
             else:
                 try:
                     yield next(packed)
@@ -247,8 +244,7 @@ class _BlockStart:
 
 @dataclass(frozen=True)
 class _Block:
-    tokens: np.ndarray  # [rows, length] int32
-    first: np.ndarray  # [rows, length] bool: begins a document
+    columns: Row  # each [rows, length]
     order: np.ndarray  # [rows]
     next: _BlockStart
 
@@ -263,7 +259,8 @@ class _ShuffledReader:
     """Documents that can be indexed, in another order every epoch. A position is the number of documents read."""
 
     def __init__(self, documents: Any, seed: int) -> None:
-        self._documents = documents
+        self.tokenized = TOKENS in getattr(documents, "column_names", ())
+        self._documents = documents.with_format("numpy") if self.tokenized else documents
         self._seed = seed
         self.size: int | None = len(documents)
         self.described = f"{self.size} documents"
@@ -277,17 +274,21 @@ class _ShuffledReader:
     def tell(self) -> int:
         return self._next
 
-    def read(self) -> str | None:
+    def read(self) -> str | np.ndarray | None:
         if self._next >= self.size:
             return None
         number = int(self._order[self._next])
         self._next += 1
         record = self._documents[number]
+        if self.tokenized:
+            return record[TOKENS]
         return _text(record["text"] if isinstance(record, Mapping) else record, f"document {number}")
 
 
 class _StreamReader:
     """A streamed data set in stored order. A position is the data set's own state."""
+
+    tokenized = False
 
     def __init__(self, documents: datasets.IterableDataset) -> None:
         # A fresh view: the data set itself may have been iterated over before, and would go on from there.

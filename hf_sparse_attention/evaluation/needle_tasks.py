@@ -257,6 +257,53 @@ class NeedleSource:
             needle_start=len(prompt),
         )
 
+    def questions_row(
+        self, task: str, length: int, questions: int, seed: int = 0, index: int = 0, split: str = "train"
+    ) -> tuple[list[int], list[bool]]:
+        """A row of exactly ``length`` tokens that hides several needles and asks for them one after the other.
+
+        More of it is answers than of a sample with one question. Needles and questions take at most half of the row,
+        but for the first question; the task's distractors are needles that may be asked for too.
+
+        Returns:
+            The token ids, and which of them are answers.
+
+        Raises:
+            ValueError: unknown task or split, or a length too short for one question.
+        """
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}; allowed: {', '.join(TASKS)}.")
+        spec = TASKS[task]
+        rng = random.Random(f"questions/{split}/{task}/{length}/{questions}/{seed}/{index}")
+        keys = draw_keys(rng, max(questions, 1 + spec.distractors), split, self.wording.adjective_in_key)
+        values = self._draw_values(rng, spec, len(keys))
+        beginning = [*self._prefix, *self._phrase(self.wording.instruction, spec)]
+        needles, asked, room = [], [], length - len(beginning)
+        for number, (key, value) in enumerate(zip(keys, values, strict=True)):
+            needle = self._phrase(self.wording.needle, spec, key, value)
+            question, answer = self._phrase(self.wording.question, spec, key), self._encode(value)
+            taken = len(needle) + len(question) + len(answer)
+            if number < questions and (not asked or room - taken >= length // 2):
+                asked.append((question, answer))
+                room -= taken
+                needles.append(needle)
+            elif number <= spec.distractors:
+                room -= len(needle)
+                needles.append(needle)
+        if room < 0:
+            raise ValueError(
+                f"length {length} is too short for task {task}: needles, question and answer take {length - room} "
+                f"tokens with this tokenizer. Use a longer length, the wording 'short' or fewer digits."
+            )
+        haystack = self.haystack(spec.haystack)
+        text = _insert(rng, *haystack.stretch(rng.choice(haystack.starts), room), needles)
+        ids = [*beginning, *text]
+        is_answer = [False] * len(ids)
+        for question, answer in rng.sample(asked, len(asked)):
+            ids += [*question, *answer]
+            is_answer += [False] * len(question) + [True] * len(answer)
+        return ids, is_answer
+
     def _draw_values(self, rng: random.Random, spec: NeedleTask, count: int) -> list[str]:
         values: list[str] = []
         while len(values) < count:
@@ -305,6 +352,7 @@ def make_training_rows(
     start: int = 0,
     answer_only: bool = True,
     bos: bool | None = None,
+    questions: int = 1,
 ) -> Iterator[dict[str, list[int]]]:
     """Endless retrieval rows to mix into pretraining: a base model answers needle prompts only after having seen some.
 
@@ -318,6 +366,7 @@ def make_training_rows(
         tasks: drawn uniformly per row; the depth is uniform in [0, 1].
         seed, start: which stream, and its first row.
         answer_only: labels are -100 everywhere but on the answer; otherwise the labels are the input ids.
+        questions: with more than 1, rows of :meth:`NeedleSource.questions_row`.
 
     Yields:
         ``{"input_ids": [length ints], "labels": [length ints]}``; labels are not shifted (the model does that).
@@ -329,10 +378,15 @@ def make_training_rows(
     index = start
     while True:
         rng = random.Random(f"row/{seed}/{index}")
-        sample = source.sample(rng.choice(list(tasks)), length, rng.random(), seed, index, split="train")
-        ids = [*sample.prompt_ids, *sample.answer_ids]
-        labels = [IGNORED_LABEL] * len(sample.prompt_ids) + sample.answer_ids if answer_only else list(ids)
-        yield {"input_ids": ids, "labels": labels}
+        task = rng.choice(list(tasks))
+        if questions > 1:
+            ids, is_answer = source.questions_row(task, length, questions, seed, index)
+        else:
+            sample = source.sample(task, length, rng.random(), seed, index, split="train")
+            ids = [*sample.prompt_ids, *sample.answer_ids]
+            is_answer = [False] * len(sample.prompt_ids) + [True] * len(sample.answer_ids)
+        kept = (answer or not answer_only for answer in is_answer)
+        yield {"input_ids": ids, "labels": [token if keep else IGNORED_LABEL for token, keep in zip(ids, kept)]}
         index += 1
 
 

@@ -42,7 +42,7 @@ def finetune(softmax_checkpoint, counting):
         "lora_rank": 4,
         "train_data": [str(counting)],
         "length": 33,
-        "shuffle_tokens": 900,
+        "shuffle_tokens": 3000,
         "max_steps": 30,
         "batch_size": 4,
         "device_batch_size": 2,

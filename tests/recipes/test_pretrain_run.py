@@ -11,6 +11,7 @@ import pretrain as recipe
 import pytest
 import torch
 from faulty_disk import largest_file, read_only
+from safetensors.torch import load_file
 from tiny_run import TINY_MODEL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,6 +180,35 @@ def test_non_finite_gradient_keeps_the_last_good_state(pretrain, tmp_path, capsy
         pretrain(tmp_path / "run")
     assert re.search("step 8: loss [0-9.]+, gradient norm (inf|nan)", capsys.readouterr().err)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-00000003", "checkpoint-00000006"]
+
+
+def test_non_finite_values_that_are_read_late_change_nothing(pretrain, trained, tmp_path, capsys, monkeypatch):
+    original = recipe.forward_backward
+    calls = []
+
+    def diverging(accelerator, model, *args):
+        calls.append(1)
+        loss = original(accelerator, model, *args)
+        if len(calls) == 4:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(recipe, "forward_backward", diverging)
+    with pytest.raises(SystemExit):
+        pretrain(tmp_path / "run", logging_steps=8, save_steps=0)
+    assert len(calls) == 8
+    assert re.search("error: step 4: loss [0-9.]+, gradient norm nan", capsys.readouterr().err)
+    before, good = tmp_path / "run" / "nonfinite-00000004", trained / "checkpoint-00000003"
+    kept = [load_file(folder / "model.safetensors") for folder in (before, good)]
+    assert all(torch.equal(kept[0][name], tensor) for name, tensor in kept[1].items())
+    states = [json.loads((folder / "training_state.json").read_text()) for folder in (before, good)]
+    assert states[0]["data"] == states[1]["data"]
+    assert [state["step"] for state in states] == [3, 3]
+    # The state goes on as the undisturbed run did, the losses of its first steps included.
+    monkeypatch.setattr(recipe, "forward_backward", original)
+    pretrain(tmp_path / "run", resume="nonfinite-00000004", logging_steps=10, save_steps=0)
+    losses = [line["loss"] for line in read_metrics(trained)]
+    assert read_metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def test_accumulation_gives_the_same_losses(pretrain, trained, tmp_path):

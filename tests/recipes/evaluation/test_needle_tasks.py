@@ -189,3 +189,33 @@ def test_training_rows(tokenizer, essay):
 def test_training_rows_with_loss_everywhere(tokenizer, essay):
     (row,) = rows(1, tokenizer, essay, length=101, format=SHORT, answer_only=False)
     assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_rows_with_several_questions(tokenizer, essay, task):
+    settings = {"length": 301, "tasks": [task], "format": SHORT, "questions": 5}
+    made = rows(6, tokenizer, essay, **settings)
+    counts = set()
+    for row in made:
+        assert len(row["input_ids"]) == len(row["labels"]) == 301
+        text = tokenizer.decode(row["input_ids"])
+        answers = [tokenizer.decode(list(group)) for kept, group in groups(row["labels"]) if kept]
+        counts.add(len(answers))
+        for answer in answers:
+            # in its needle and as the answer
+            assert text.count(answer) == 2
+        assert text.endswith(answers[-1])
+        assert text.count(f"The {TASKS[task].value} of the") >= max(2 * len(answers), 1 + TASKS[task].distractors)
+    assert counts <= {2, 3, 4, 5}
+    assert rows(2, tokenizer, essay, **settings, start=4) == made[4:]
+
+
+def groups(labels):
+    return ((kept, group) for kept, group in itertools.groupby(labels, lambda label: label != -100))
+
+
+def test_several_questions_need_room(tokenizer, essay):
+    (row,) = rows(1, tokenizer, essay, length=60, tasks=["s_niah_1"], format=SHORT, questions=5)
+    assert sum(kept for kept, _ in groups(row["labels"])) == 1
+    with pytest.raises(ValueError, match="length 20 is too short for task s_niah_1"):
+        rows(1, tokenizer, essay, length=20, tasks=["s_niah_1"], format=SHORT, questions=5)
