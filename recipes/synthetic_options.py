@@ -155,7 +155,10 @@ class TrainOptions:
     alpha_stages: int = field(default=8, metadata=_help("steps in which it does: a captured graph has one alpha"))
     mixed_precision: str = field(default="bf16", metadata=_help("bf16 (autocast; weights stay float32) or no"))
     cuda_graph: bool = field(default=True, metadata=_help("capture the step in a CUDA graph; no effect on the CPU"))
-    compile: bool = field(default=False, metadata=_help("torch.compile the model: a minute first, then faster steps"))
+    compile: bool = field(
+        default=False,
+        metadata=_help("torch.compile the last stage at its full length: half a minute, then steps in half the time"),
+    )
     pad_multiple: int = field(
         default=16,
         metadata=_help("rows of a curriculum are padded to sources of a multiple of this; a graph for each"),

@@ -150,7 +150,7 @@ class Trainer:
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=fused)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.forward = torch.compile(target_loss, dynamic=False) if options.compile else target_loss
+        self.compiled = torch.compile(target_loss, dynamic=False) if options.compile else None
         self.shortest, self.longest = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         # Sums of loss, exact match and gradient norm since they were last read.
         self.sums = torch.zeros(3, device=device)
@@ -225,12 +225,17 @@ class Trainer:
         lengths = self.shortest + uniform_below(high, (self.options.batch_size,), None)
         samples = self.task.sample_lengths(lengths, limit)
         with fused_norms(self.model), self._autocast():
-            loss, exact = self.forward(self.model, *samples, self.task.label_tokens(limit))
+            forward = self.compiled if self._is_final(limit) and self.compiled else target_loss
+            loss, exact = forward(self.model, *samples, self.task.label_tokens(limit))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         self.optimizer.step()
         self.sums += torch.stack((loss.detach(), exact, norm))
+
+    def _is_final(self, limit: int) -> bool:
+        """Whether these are the rows of most of the training: a shape that is worth compiling for."""
+        return self.task == self.stages[-1] and limit == self.options.lengths(self.task)[1]
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.options.mixed_precision == "no":

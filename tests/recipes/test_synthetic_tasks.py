@@ -123,6 +123,8 @@ def test_a_plain_program_solves_it(name, length):
         {"words": 12},
         {"queries": 1},
         {"queries": [1, 4]},
+        {"row_symbols": [4, 7, 256], "gaps": "anywhere", "density": [0.1, 1.0]},
+        {"row_symbols": [11], "key_tokens": 2, "words": 20},
     ],
     ids=str,
 )
@@ -147,6 +149,43 @@ def test_symbols_are_uniform(name):
     assert set(counts) == set(range(FIRST_SYMBOL, FIRST_SYMBOL + 32))
     # 2000 each; six standard deviations.
     assert all(abs(count - 2000) < 6 * 2000**0.5 for count in counts.values())
+
+
+@pytest.mark.parametrize("name", ["copy", "reverse", "sort"])
+def test_rows_of_few_symbols(name):
+    task = make_task(name, row_symbols=[2, 5, 32])
+    found = list(rows(task, 400, 300))
+    assert all(target == SOLVERS[name](source) for source, target in found)
+    sizes = Counter(len(set(source)) for source, _ in found)
+    assert set(sizes) == {2, 5, 32}
+    assert min(sizes.values()) > 60
+    counts = Counter(token for source, _ in found for token in set(source) if len(set(source)) == 5)
+    assert len(counts) == 32
+    assert max(counts.values()) < 4 * min(counts.values())
+
+
+def test_recall_of_few_symbols():
+    sizes = Counter()
+    for source, _ in rows(make_task("mqmtar", density=0.95, row_symbols=[4, 9, 256]), 64, 600):
+        pairs = [i for i, token in enumerate(source) if token == Recall.PAIR]
+        keys = [tuple(source[i - 2 : i]) for i in pairs]
+        values = [tuple(source[i + 1 : i + 3]) for i in pairs]
+        assert len(pairs) == len(set(keys)) == len(set(values)) == 10
+        used = [len(set(itertools.chain.from_iterable(words))) for words in (keys, values)]
+        sizes.update("few" if size <= 4 else "some" if size <= 9 else "all" for size in used)
+    # Each number for a third of the keys and, on its own, of the values.
+    assert all(abs(sizes[name] - 400) < 100 for name in ("few", "some", "all"))
+
+
+def test_symbols_of_few_words_are_uniform():
+    counts = Counter()
+    for source, _ in rows(make_task("mqmtar", row_symbols=[4]), 64, 1500):
+        for place, token in enumerate(source):
+            if token == Recall.PAIR:
+                counts.update(source[place - 2 : place] + source[place + 1 : place + 3])
+    assert set(counts) == set(range(Recall.FIRST, Recall.FIRST + 256))
+    mean = sum(counts.values()) / 256
+    assert all(abs(count - mean) < 0.6 * mean for count in counts.values())
 
 
 @pytest.mark.parametrize(
@@ -293,6 +332,9 @@ def test_streaming_is_divided_between_nodes():
         (lambda: make_task("mqmtar", density=[0.9, 0.1]), ["density", "0.9"]),
         (lambda: make_task("mqmtar", words=10**6), ["words", "65536"]),
         (lambda: make_task("mqmtar", gaps="none"), ["gaps", "slots", "anywhere"]),
+        (lambda: make_task("sort", row_symbols=[1, 4]), ["row_symbols", "[1, 4]", "2 to 32"]),
+        (lambda: make_task("copy", row_symbols=4), ["row_symbols", "4"]),
+        (lambda: make_task("mqmtar", row_symbols=[3]).sample(2, 100), ["row_symbols", "13 words"]),
         (lambda: make_task("mqmtar", queries=0), ["queries", "0"]),
         (lambda: make_task("mqmtar", queries=[4, 1]), ["queries", "4, 1", "fewest"]),
         (lambda: make_task("flip_flop", write_probability=1.0), ["write_probability"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -152,3 +154,36 @@ def symbols(count: int, shape: tuple[int, ...], generator: torch.Generator | Non
 def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}; allowed: an integer of at least {least}.")
+
+
+def check_row_symbols(given: Sequence[int] | None, alphabet: int) -> tuple[int, ...] | None:
+    """``row_symbols`` of a task as a tuple.
+
+    Raises:
+        ValueError: it is not None and not a list of integers from 2 to ``alphabet``.
+    """
+    if given is None:
+        return None
+    wrong = isinstance(given, str) or not isinstance(given, Sequence) or not given
+    if wrong or not all(type(number) is int and 2 <= number <= alphabet for number in given):
+        raise ValueError(f"row_symbols is {given!r}; allowed: None, or integers from 2 to {alphabet}, the alphabet.")
+    return tuple(given)
+
+
+def choose_symbols(
+    choices: tuple[int, ...], count: int, rows: int, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For each row how many different symbols it has, (rows, 1), and all ``count`` symbols in random order.
+
+    The number is one of ``choices``, each equally likely; the row's symbols are the first so many of its order, given
+    as token ids (rows, count).
+    """
+    which = torch.randint(len(choices), (rows,), generator=generator, device=device)
+    order = torch.rand(rows, count, generator=generator, device=device).argsort(dim=1)
+    return _on_device(choices, device)[which, None], order + FIRST_SYMBOL
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    # Kept, because a captured graph cannot copy from the host.
+    return torch.tensor(numbers, device=device)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FIRST_SYMBOL, Drawn, Task, check_count, uniform_below
+from .base import FIRST_SYMBOL, Drawn, Task, check_count, check_row_symbols, choose_symbols, uniform_below
 
 GAPS = ("slots", "anywhere")
 # Chance that some row of a batch is left with a word drawn twice.
@@ -36,6 +36,9 @@ class Recall(Task):
         gaps: where further blanks are. slots: each pair is somewhere in its own equal share of the length;
             anywhere: blanks between two pairs vary from none to all there are.
         pool_seed: of the words in the pools.
+        row_symbols: from how many symbols a row's keys are made, and from how many its values, each of these numbers
+            equally likely; None: all. Words of fewer symbols than the alphabet are not from the pools. Few symbols
+            make short rows as hard as long ones, whose words share their first or last symbol with many others.
     """
 
     name: ClassVar[str] = "mqmtar"
@@ -47,6 +50,7 @@ class Recall(Task):
     density: float | Sequence[float] = 0.8
     gaps: str = "slots"
     pool_seed: int = 0
+    row_symbols: Sequence[int] | None = None
 
     BLANK: ClassVar[int] = FIRST_SYMBOL
     PAIR: ClassVar[int] = FIRST_SYMBOL + 1
@@ -71,6 +75,7 @@ class Recall(Task):
         if len(given) != 2 or not 0 < given[0] <= given[1] <= 1:
             raise ValueError(f"density is {self.density!r}; allowed: a share above 0 and up to 1, or two of them.")
         object.__setattr__(self, "density", given)
+        object.__setattr__(self, "row_symbols", check_row_symbols(self.row_symbols, self.alphabet))
         if self.gaps not in GAPS:
             raise ValueError(f"gaps is {self.gaps!r}; allowed: {', '.join(GAPS)}.")
 
@@ -106,9 +111,8 @@ class Recall(Task):
         # Float32 holds lengths and shares well enough for the small offset to undo its rounding.
         least, most = ((share * lengths / self.pair_span + 1e-4).long().clamp(1, pairs) for share in self.density)
         count = (least + uniform_below(most - least + 1, (batch,), generator))[:, None]
-        keys, values = _pools(self.alphabet, self.key_tokens, self.value_tokens, self.words, self.pool_seed, device)
-        keys = keys[distinct(pairs, self.words, batch, generator, device)]  # [B, pairs, key tokens]
-        values = values[distinct(pairs, self.words, batch, generator, device)]
+        pools = _pools(self.alphabet, self.key_tokens, self.value_tokens, self.words, self.pool_seed, device)
+        keys, values = (self._words(pool, pairs, batch, generator) for pool in pools)
         mark = torch.full((batch, pairs, 1), self.PAIR, device=device)
 
         width = self.source_tokens(limit)
@@ -132,6 +136,29 @@ class Recall(Task):
         # Questions and answers beyond a row's own number lie outside these lengths.
         sizes = lengths + number * (1 + self.key_tokens), number * (1 + self.value_tokens)
         return Drawn(source[:, :-1], target, *sizes)
+
+    def _words(self, pool: Tensor, pairs: int, batch: int, generator: torch.Generator | None) -> Tensor:
+        """Different words in each row, (B, pairs, tokens), from a pool (words, tokens)."""
+        device, tokens = pool.device, pool.shape[1]
+        words = pool[distinct(pairs, self.words, batch, generator, device)]
+        few = tuple(number for number in self.row_symbols or () if number < self.alphabet)
+        if not few:
+            return words
+        if pairs > min(few) ** tokens:
+            raise ValueError(
+                f"row_symbols is {self.row_symbols}; allowed: numbers that make at least {pairs} words of {tokens} "
+                "symbols, as many as a row may have pairs."
+            )
+        number, order = choose_symbols(self.row_symbols, self.alphabet, batch, generator, device)
+        # Of all words of a row's symbols, numbered, the first of a random order.
+        width = max(few) ** tokens
+        noise = torch.rand(batch, width, generator=generator, device=device)
+        code = noise.masked_fill(torch.arange(width, device=device) >= number**tokens, 2.0).argsort(1)[:, :pairs]
+        digits = code[..., None] // number[..., None] ** torch.arange(tokens, device=device) % number[..., None]
+        # Rows of the whole alphabet are replaced below.
+        place = digits.flatten(1).clamp(max=self.alphabet - 1)
+        made = (order - FIRST_SYMBOL + self.FIRST).gather(1, place).view_as(digits)
+        return torch.where((number == self.alphabet)[..., None], words, made)
 
     def _starts(self, lengths: Tensor, count: Tensor, pairs: int, generator: torch.Generator | None) -> Tensor:
         """Where each pair starts, (B, pairs); undefined for pairs beyond ``count`` (B, 1)."""

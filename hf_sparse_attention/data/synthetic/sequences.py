@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import FIRST_SYMBOL, Drawn, Task, check_count, symbols, uniform_below
+from .base import (
+    FIRST_SYMBOL,
+    Drawn,
+    Task,
+    check_count,
+    check_row_symbols,
+    choose_symbols,
+    symbols,
+    uniform_below,
+)
 
 
 @dataclass(frozen=True)
@@ -17,20 +27,29 @@ class Copy(Task):
 
     Args:
         alphabet: symbols, equally likely and independent.
+        row_symbols: how many of them a row is made of, each of these numbers equally likely; None: all. Rows of few
+            symbols repeat themselves as often as long rows of many do.
     """
 
     name: ClassVar[str] = "copy"
     alphabet: int = 32
+    row_symbols: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_count("alphabet", self.alphabet, 2)
+        object.__setattr__(self, "row_symbols", check_row_symbols(self.row_symbols, self.alphabet))
 
     @property
     def vocab_size(self) -> int:
         return FIRST_SYMBOL + self.alphabet
 
     def draw(self, lengths: Tensor, limit: int, generator: torch.Generator | None) -> Drawn:
-        source = symbols(self.alphabet, (lengths.shape[0], limit), generator, lengths.device)
+        shape = (lengths.shape[0], limit)
+        if self.row_symbols is None:
+            source = symbols(self.alphabet, shape, generator, lengths.device)
+        else:
+            number, chosen = choose_symbols(self.row_symbols, self.alphabet, shape[0], generator, lengths.device)
+            source = chosen.gather(1, uniform_below(number, shape, generator))
         return Drawn(source, self._answer(source, lengths), lengths, lengths)
 
     def _answer(self, source: Tensor, lengths: Tensor) -> Tensor:
