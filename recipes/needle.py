@@ -34,7 +34,7 @@ from hf_sparse_attention.evaluation.checkpoints import (
     training_length,
 )
 from hf_sparse_attention.evaluation.needle_tasks import TASKS, NeedleFormat, NeedleSource
-from hf_sparse_attention.evaluation.needles import NeedleAnswer, cached_samples, run_grid
+from hf_sparse_attention.evaluation.needles import DECODINGS, NeedleAnswer, cached_samples, run_grid
 from hf_sparse_attention.evaluation.plots import plot_needles
 from hf_sparse_attention.evaluation.report import format_table, run_record, write_json
 from hf_sparse_attention.metrics.needle_recall.needle_recall import NeedleRecall
@@ -77,6 +77,13 @@ class NeedleArguments:
     answer_tokens: int | None = field(
         default=None, metadata={"help": "Tokens kept free for the answer; default: what the answer takes, no more."}
     )
+    decoding: str = field(
+        default="generate",
+        metadata={
+            "help": "generate, or forced: one forward pass over prompt and right answer, which is found if every token "
+            "is the most likely one. As strict and much faster at long lengths."
+        },
+    )
     bos: str = field(
         default="auto", metadata={"help": "BOS as first token: yes, no, or auto (if the tokenizer adds one itself)."}
     )
@@ -106,7 +113,12 @@ class NeedleArguments:
     def __post_init__(self) -> None:
         if self.rope_factor is not None and set(self.rope_scaling) == {"none"}:
             raise ValueError(f"rope_factor is {self.rope_factor}, but rope_scaling is none: nothing to scale.")
-        for name, value, allowed in (("bos", self.bos, ("auto", "yes", "no")), ("dtype", self.dtype, DTYPES)):
+        choices = (
+            ("bos", self.bos, ("auto", "yes", "no")),
+            ("dtype", self.dtype, DTYPES),
+            ("decoding", self.decoding, tuple(DECODINGS)),
+        )
+        for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
         for task in self.tasks:
@@ -150,7 +162,10 @@ def evaluate(args: NeedleArguments, accelerator: Accelerator) -> None:
         "tasks": args.tasks,
         "budget": "every sample has exactly the stated number of tokens, prompt and answer together",
         "answer_tokens": args.answer_tokens or "what each answer takes",
-        "decoding": "greedy, batched, padded on the left",
+        "decoding": {
+            "generate": "greedy, batched, padded on the left",
+            "forced": "greedy: every token of the answer must be the most likely one after the right ones before it",
+        }[args.decoding],
         "score": "share of the samples whose answer occurs in the generated text",
         "wording": dataclasses.asdict(args.format()),
         "bos": args.bos,
@@ -198,6 +213,7 @@ def evaluate(args: NeedleArguments, accelerator: Accelerator) -> None:
             model,
             tokenizer,
             cells,
+            decoding=args.decoding,
             batch_tokens=args.batch_tokens,
             process=accelerator.process_index,
             processes=accelerator.num_processes,

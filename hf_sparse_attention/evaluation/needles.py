@@ -1,9 +1,10 @@
-"""Running needle samples: a cache on disk, batched greedy generation, recall by depth and length."""
+"""Running needle samples: a cache on disk, greedy answers by generation or by one forward pass, in batches."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -99,11 +100,43 @@ def answer_batch(
     ]
 
 
+@torch.no_grad()
+def check_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Sequence[NeedleSample]
+) -> list[NeedleAnswer]:
+    """Greedy answers up to their first wrong token, from one forward pass over prompts with their right answers.
+
+    Greedy generation gives the right answer if and only if each of its tokens is the most likely one after the right
+    tokens before it. No cache and no padding mask are needed, so long prompts fit in large batches.
+    """
+    reset_dynamic_rope(model)
+    rows = [[*sample.prompt_ids, *sample.answer_ids] for sample in samples]
+    width, first = max(map(len, rows)), min(len(sample.prompt_ids) for sample in samples)
+    # Padding on the right is after all that matters.
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=width - first + 1).logits
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[:, first - 1 :]
+    answers = []
+    for sample, likely in zip(samples, logits.argmax(-1).tolist(), strict=True):
+        start = len(sample.prompt_ids) - first
+        likely = likely[start : start + len(sample.answer_ids)]
+        wrong = (i for i, (one, right) in enumerate(zip(likely, sample.answer_ids)) if one != right)
+        text = tokenizer.decode(likely[: next(wrong, len(likely)) + 1], skip_special_tokens=True)
+        answers.append(NeedleAnswer(sample.task, sample.length, sample.depth, sample.index, sample.answer, text))
+    return answers
+
+
+DECODINGS = {"generate": answer_batch, "forced": check_batch}
+
+
 def run_grid(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cells: Iterable[Sequence[NeedleSample]],
     *,
+    decoding: str = "generate",
     batch_tokens: int = 8192,
     process: int = 0,
     processes: int = 1,
@@ -115,6 +148,7 @@ def run_grid(
 
     Args:
         cells: groups of samples of one length each.
+        decoding: ``generate`` (:func:`answer_batch`) or ``forced`` (:func:`check_batch`).
         batch_tokens: about how many tokens go through the model at once.
         progress: called with (samples done by this step, length).
     """
@@ -123,7 +157,7 @@ def run_grid(
         size = max(1, batch_tokens // cell[0].length)
         batches = [cell[i : i + size] for i in range(0, len(cell), size)]
         for batch in batches[process::processes]:
-            answers.extend(answer_batch(model, tokenizer, batch))
+            answers.extend(DECODINGS[decoding](model, tokenizer, batch))
             if progress:
                 progress(len(batch), cell[0].length)
     return answers

@@ -136,6 +136,12 @@ def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
     assert (tmp_path / "one" / "needle.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "one" / "samples").iterdir())) == 4
 
+    run("needle.py", *needle_flags(tmp_path / "forced", *models), "--decoding", "forced")
+    forced = json.loads((tmp_path / "forced" / "needle.json").read_text())
+    for name, checkpoint in forced["checkpoints"].items():
+        assert checkpoint["recall"] == result["checkpoints"][name]["recall"]
+    assert "most likely" in forced["protocol"]["decoding"]
+
     launch_two("needle.py", [*needle_flags(tmp_path / "two", *models), "--batch_tokens", 100])
     assert numbers(tmp_path / "two" / "needle.json") == numbers(tmp_path / "one" / "needle.json")
     for name in ("soft", "mine"):

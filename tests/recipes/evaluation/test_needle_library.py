@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, NeedleSource
-from hf_sparse_attention.evaluation.needles import answer_batch, cached_samples, run_grid
+from hf_sparse_attention.evaluation.needles import answer_batch, cached_samples, check_batch, run_grid
 
 SHORT = NeedleFormat("short", number_digits=4, uuid_characters=8)
 
@@ -74,6 +74,25 @@ def test_batched_answers_equal_greedy_steps(request, tokenizer, source, tmp_path
         expected = tokenizer.decode(greedy(model, sample), skip_special_tokens=True)
         assert answer.prediction == expected
         assert (answer.depth, answer.index, answer.answer) == (sample.depth, sample.index, sample.answer)
+
+
+@pytest.mark.parametrize("name", ["softmax", "asentmax"])
+@pytest.mark.parametrize("right", [0, 1, 3, None])
+def test_one_forward_pass_decides_as_generation_does(request, tokenizer, source, tmp_path, name, right):
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"{name}_checkpoint")).eval()
+    samples, generated = [], []
+    for sample in cell(source, tmp_path) + cell(source, tmp_path, length=99, answer_tokens=9):
+        # What the model says becomes the right answer, up to a token that is not what it says.
+        ids = greedy(model, sample)
+        generated.append(ids)
+        if right is not None:
+            ids = [*ids[:right], (ids[right] + 1) % len(tokenizer), *ids[right + 1 :]]
+        samples.append(dataclasses.replace(sample, answer="the answer", answer_ids=ids))
+    assert len({len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples}) > 1
+    for sample, ids, answer in zip(samples, generated, check_batch(model, tokenizer, samples), strict=True):
+        said = ids if right is None else ids[: right + 1]
+        assert answer.prediction == tokenizer.decode(said, skip_special_tokens=True)
+        assert (answer.depth, answer.index, answer.answer) == (sample.depth, sample.index, "the answer")
 
 
 def test_shares_of_two_processes_make_up_one(softmax_checkpoint, tokenizer, source, tmp_path):
