@@ -156,17 +156,17 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: an integer of at least {least}.")
 
 
-def check_row_symbols(given: Sequence[int] | None, alphabet: int) -> tuple[int, ...] | None:
-    """``row_symbols`` of a task as a tuple.
+def check_choices(name: str, given: Sequence[int] | None, least: int, most: int) -> tuple[int, ...] | None:
+    """The option ``name`` of a task as a tuple.
 
     Raises:
-        ValueError: it is not None and not a list of integers from 2 to ``alphabet``.
+        ValueError: it is neither None nor integers from ``least`` to ``most``.
     """
     if given is None:
         return None
     wrong = isinstance(given, str) or not isinstance(given, Sequence) or not given
-    if wrong or not all(type(number) is int and 2 <= number <= alphabet for number in given):
-        raise ValueError(f"row_symbols is {given!r}; allowed: None, or integers from 2 to {alphabet}, the alphabet.")
+    if wrong or not all(type(number) is int and least <= number <= most for number in given):
+        raise ValueError(f"{name} is {given!r}; allowed: None, or integers from {least} to {most}, the alphabet.")
     return tuple(given)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FIRST_SYMBOL, Drawn, Task, check_count, check_row_symbols, choose_symbols, uniform_below
+from .base import FIRST_SYMBOL, Drawn, Task, check_count, check_choices, choose_symbols, uniform_below
 
 GAPS = ("slots", "anywhere")
 # Chance that some row of a batch is left with a word drawn twice.
@@ -36,9 +36,11 @@ class Recall(Task):
         gaps: where further blanks are. slots: each pair is somewhere in its own equal share of the length;
             anywhere: blanks between two pairs vary from none to all there are.
         pool_seed: of the words in the pools.
-        row_symbols: from how many symbols a row's keys are made, and from how many its values, each of these numbers
-            equally likely; None: all. Words of fewer symbols than the alphabet are not from the pools. Few symbols
-            make short rows as hard as long ones, whose words share their first or last symbol with many others.
+        key_symbols: from how many symbols the keys of a row are made, each of these numbers equally likely; None: all.
+            Keys of fewer than the alphabet are not from the pool. Few symbols make short rows as hard as long ones,
+            where a key shares its first or last symbol with many others.
+        value_symbols: the same for values, for each of their places on its own. They are then not from the pool, and
+            may occur twice in a row.
     """
 
     name: ClassVar[str] = "mqmtar"
@@ -50,7 +52,8 @@ class Recall(Task):
     density: float | Sequence[float] = 0.8
     gaps: str = "slots"
     pool_seed: int = 0
-    row_symbols: Sequence[int] | None = None
+    key_symbols: Sequence[int] | None = None
+    value_symbols: Sequence[int] | None = None
 
     BLANK: ClassVar[int] = FIRST_SYMBOL
     PAIR: ClassVar[int] = FIRST_SYMBOL + 1
@@ -75,7 +78,8 @@ class Recall(Task):
         if len(given) != 2 or not 0 < given[0] <= given[1] <= 1:
             raise ValueError(f"density is {self.density!r}; allowed: a share above 0 and up to 1, or two of them.")
         object.__setattr__(self, "density", given)
-        object.__setattr__(self, "row_symbols", check_row_symbols(self.row_symbols, self.alphabet))
+        for name, least in (("key_symbols", 2), ("value_symbols", 1)):
+            object.__setattr__(self, name, check_choices(name, getattr(self, name), least, self.alphabet))
         if self.gaps not in GAPS:
             raise ValueError(f"gaps is {self.gaps!r}; allowed: {', '.join(GAPS)}.")
 
@@ -111,8 +115,7 @@ class Recall(Task):
         # Float32 holds lengths and shares well enough for the small offset to undo its rounding.
         least, most = ((share * lengths / self.pair_span + 1e-4).long().clamp(1, pairs) for share in self.density)
         count = (least + uniform_below(most - least + 1, (batch,), generator))[:, None]
-        pools = _pools(self.alphabet, self.key_tokens, self.value_tokens, self.words, self.pool_seed, device)
-        keys, values = (self._words(pool, pairs, batch, generator) for pool in pools)
+        keys, values = self._keys(pairs, batch, generator, device), self._values(pairs, batch, generator, device)
         mark = torch.full((batch, pairs, 1), self.PAIR, device=device)
 
         width = self.source_tokens(limit)
@@ -137,28 +140,38 @@ class Recall(Task):
         sizes = lengths + number * (1 + self.key_tokens), number * (1 + self.value_tokens)
         return Drawn(source[:, :-1], target, *sizes)
 
-    def _words(self, pool: Tensor, pairs: int, batch: int, generator: torch.Generator | None) -> Tensor:
-        """Different words in each row, (B, pairs, tokens), from a pool (words, tokens)."""
-        device, tokens = pool.device, pool.shape[1]
-        words = pool[distinct(pairs, self.words, batch, generator, device)]
-        few = tuple(number for number in self.row_symbols or () if number < self.alphabet)
+    def _pools(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return _pools(self.alphabet, self.key_tokens, self.value_tokens, self.words, self.pool_seed, device)
+
+    def _keys(self, pairs: int, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Different keys in each row, (B, pairs, tokens)."""
+        tokens = self.key_tokens
+        words = self._pools(device)[0][distinct(pairs, self.words, batch, generator, device)]
+        few = tuple(number for number in self.key_symbols or () if number < self.alphabet)
         if not few:
             return words
         if pairs > min(few) ** tokens:
             raise ValueError(
-                f"row_symbols is {self.row_symbols}; allowed: numbers that make at least {pairs} words of {tokens} "
+                f"key_symbols is {self.key_symbols}; allowed: numbers that make at least {pairs} words of {tokens} "
                 "symbols, as many as a row may have pairs."
             )
-        number, order = choose_symbols(self.row_symbols, self.alphabet, batch, generator, device)
+        number, order = choose_symbols(self.key_symbols, self.alphabet, batch, generator, device)
         # Of all words of a row's symbols, numbered, the first of a random order.
         width = max(few) ** tokens
         noise = torch.rand(batch, width, generator=generator, device=device)
         code = noise.masked_fill(torch.arange(width, device=device) >= number**tokens, 2.0).argsort(1)[:, :pairs]
         digits = code[..., None] // number[..., None] ** torch.arange(tokens, device=device) % number[..., None]
-        # Rows of the whole alphabet are replaced below.
-        place = digits.flatten(1).clamp(max=self.alphabet - 1)
-        made = (order - FIRST_SYMBOL + self.FIRST).gather(1, place).view_as(digits)
+        made = (order + self.FIRST - FIRST_SYMBOL).gather(1, digits.flatten(1)).view_as(digits)
         return torch.where((number == self.alphabet)[..., None], words, made)
+
+    def _values(self, pairs: int, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Values of each row, (B, pairs, tokens), different ones unless ``value_symbols`` says otherwise."""
+        if self.value_symbols is None:
+            return self._pools(device)[1][distinct(pairs, self.words, batch, generator, device)]
+        places = batch * self.value_tokens
+        number, order = choose_symbols(self.value_symbols, self.alphabet, places, generator, device)
+        chosen = order.gather(1, uniform_below(number, (places, pairs), generator))
+        return (chosen + self.FIRST - FIRST_SYMBOL).view(batch, self.value_tokens, pairs).transpose(1, 2)
 
     def _starts(self, lengths: Tensor, count: Tensor, pairs: int, generator: torch.Generator | None) -> Tensor:
         """Where each pair starts, (B, pairs); undefined for pairs beyond ``count`` (B, 1)."""

@@ -13,8 +13,8 @@ from .base import (
     FIRST_SYMBOL,
     Drawn,
     Task,
+    check_choices,
     check_count,
-    check_row_symbols,
     choose_symbols,
     symbols,
     uniform_below,
@@ -37,7 +37,7 @@ class Copy(Task):
 
     def __post_init__(self) -> None:
         check_count("alphabet", self.alphabet, 2)
-        object.__setattr__(self, "row_symbols", check_row_symbols(self.row_symbols, self.alphabet))
+        object.__setattr__(self, "row_symbols", check_choices("row_symbols", self.row_symbols, 2, self.alphabet))
 
     @property
     def vocab_size(self) -> int:
