@@ -344,6 +344,7 @@ def train(
     trainer.model.train()
     began, last = None, progress.step
     base = progress.seconds
+    prepared = 0.0
     applied: tuple[int, int] | None = None
     while progress.share() < 1 and stop.number is None:
         wanted = progress.alpha(target)
@@ -358,8 +359,8 @@ def train(
         limit = min(full, -(-lengths[1] // options.pad_multiple) * options.pad_multiple)
         done = trainer.steps(limit)
         if began is None:
-            # What the first steps compile is not training time.
-            began = time.monotonic()
+            # What the first steps compile is not training time, nor are later captures.
+            began, prepared = time.monotonic(), trainer.captured
         before = progress.step
         progress.step += done
         if progress.step <= options.warmup_steps:
@@ -369,7 +370,7 @@ def train(
         if not (crossed or finished):
             continue
         loss, exact, norm = (value / (progress.step - last) for value in trainer.read())
-        progress.seconds = base + time.monotonic() - began
+        progress.seconds = base + time.monotonic() - began - (trainer.captured - prepared)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss is {loss} between steps {last} and {progress.step}")
         line = {

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FIRST_SYMBOL, Drawn, Task, check_count, check_choices, choose_symbols, uniform_below
+from .base import FIRST_SYMBOL, Drawn, Task, check_choices, check_count, choose_symbols, uniform_below
 
 GAPS = ("slots", "anywhere")
 # Chance that some row of a batch is left with a word drawn twice.
