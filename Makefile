@@ -8,7 +8,7 @@ OLDEST := transformers==5.4.* huggingface_hub==1.8.* datasets==4.7.* accelerate=
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-oldest test-gpu lint install
+.PHONY: quickstart test test-oldest test-gpu sanitize-gpu lint install
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,12 @@ test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest --device cuda $(GPU_TESTS:%=tests/integration/test_%.py)
 	$(BIN)/python -m pytest tests/integration/test_training.py
+
+sanitize-gpu: $(VENV)/.installed-test
+	for tool in memcheck racecheck initcheck synccheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python tests/ops/sanitize_kernels.py || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

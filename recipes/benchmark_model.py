@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import statistics
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ ATTENTION_KERNELS = re.compile(
 @dataclass
 class ModelBenchmarkArguments:
     model_config: str = field(
-        default=str(Path(__file__).parent / "configs" / "model" / "llama_420m.yaml"),
+        default=os.path.relpath(Path(__file__).parent / "configs" / "model" / "llama_420m.yaml"),
         metadata={"help": "YAML file of the Llama."},
     )
     length: int = field(default=8192, metadata={"help": "Tokens of a row."})
