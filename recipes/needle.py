@@ -80,7 +80,7 @@ class NeedleArguments:
     decoding: str = field(
         default="generate",
         metadata={
-            "help": "generate, or forced: one forward pass over prompt and right answer, which is found if every token "
+            "help": "generate, or forced: one forward pass over prompt and right answer, found if every token of it "
             "is the most likely one. As strict and much faster at long lengths."
         },
     )
