@@ -1,0 +1,225 @@
+"""One table and the pictures of several runs of real_text.yaml that perplexity.py and needle.py have measured.
+
+    python recipes/real_text_report.py --runs outputs/real_text --output_dir model_cards/results/real_text
+
+Each run is a folder VARIANT_sSEED with metrics.jsonl and options.json of its training, and below it any folders with a
+perplexity.json, needle.json or analysis.json. Writes real_text.json, real_text.md, perplexity.png and needles.png.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.evaluation.plots import plot_needles, plot_perplexity
+from hf_sparse_attention.evaluation.report import format_number, format_table, write_json
+from hf_sparse_attention.runs import replace_files
+
+_LABEL = re.compile(r"(?P<variant>.+)_s(?P<seed>\d+)(?P<scaling>\+\w+)?")
+
+
+@dataclass
+class ReportArguments:
+    runs: str = field(metadata={"help": "Folder of the runs, each in a folder VARIANT_sSEED."})
+    output_dir: str = field(metadata={"help": "Folder for JSON, tables and pictures."})
+    reference: str = field(
+        default="softmax_rope", metadata={"help": "Variant whose loss at the training length is compared with."}
+    )
+    pictured: list[str] | None = field(
+        default=None, metadata={"help": "Variants of the heat maps, from top to bottom; default: all."}
+    )
+
+
+@dataclass
+class Measured:
+    """What was measured of one checkpoint, read in one way (a RoPE scaling is another way)."""
+
+    by_length: dict[int, dict[str, float]]
+    by_position: list[dict[str, float]]
+    # task, then length, to one number per depth
+    needles: dict[str, dict[int, list[float]]]
+
+
+def main() -> None:
+    (args,) = parse_arguments(ReportArguments, description=__doc__.splitlines()[0])
+    try:
+        write_report(args)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"real_text_report.py: error: {error!r}")
+
+
+def write_report(args: ReportArguments) -> None:
+    folders = sorted(path for path in Path(args.runs).iterdir() if path.is_dir() and _LABEL.fullmatch(path.name))
+    runs = {folder.name: read_run(folder) for folder in folders}
+    runs = {name: run for name, run in runs.items() if run["perplexity"]}
+    if not runs:
+        raise ValueError(f"{args.runs} holds no folder VARIANT_sSEED with a perplexity.json")
+    variants = group_by_variant(runs)
+    first = next(iter(runs.values()))["perplexity"]
+    protocol = first["protocol"]
+    table = "\n\n".join(
+        [
+            perplexity_table(variants, protocol, args.reference),
+            *needle_tables(variants, protocol),
+            training_table(runs),
+        ]
+    )
+    shown = {variant: seeds[min(seeds)] for variant, seeds in variants.items()}
+    train_length = protocol["train_length"]
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "real_text.json", {"runs": runs})
+        (temporary / "real_text.md").write_text(table + "\n", encoding="utf-8")
+        curves = {
+            variant: {"by_length": measured.by_length, "by_position": measured.by_position}
+            for variant, measured in shown.items()
+        }
+        plot_perplexity(temporary / "perplexity.png", curves, train_length, first["unigram_perplexity"])
+        pictured = args.pictured or [variant for variant, measured in shown.items() if measured.needles]
+        grids = {variant: heat_maps(shown[variant]) for variant in pictured}
+        if grids:
+            lengths = sorted(next(iter(shown[pictured[0]].needles.values())))
+            plot_needles(temporary / "needles.png", grids, lengths, needle_depths(runs), train_length)
+
+    written = replace_files(Path(args.output_dir), write)
+    print(f"{table}\n\nWritten to {args.output_dir}: {', '.join(written)}")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Training and measurements of one run, as far as they are there."""
+    metrics = folder / "metrics.jsonl"
+    lines = (
+        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    )
+    lines = [line for line in lines if "tokens_per_second" in line]
+    training = None
+    if lines:
+        late = lines[len(lines) // 2 :]
+        training = {
+            "steps": lines[-1]["step"],
+            "tokens": lines[-1]["tokens"],
+            "loss": lines[-1]["loss"],
+            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in late),
+            "memory_gb": lines[-1]["memory_gb"],
+            "options": json.loads((folder / "options.json").read_text(encoding="utf-8")),
+            "curve": [[line["step"], line["loss"]] for line in lines],
+        }
+    found = {name: sorted(folder.glob(f"*/{name}.json")) for name in ("perplexity", "needle", "analysis")}
+    read = {name: [json.loads(file.read_text(encoding="utf-8")) for file in files] for name, files in found.items()}
+    return {
+        "training": training,
+        "perplexity": read["perplexity"][0] if read["perplexity"] else None,
+        "needle": read["needle"],
+        "analysis": read["analysis"][0] if read["analysis"] else None,
+    }
+
+
+def group_by_variant(runs: dict[str, dict[str, Any]]) -> dict[str, dict[int, Measured]]:
+    """Variant (with its RoPE scaling) to seed to measurements."""
+    variants: dict[str, dict[int, Measured]] = defaultdict(dict)
+    for run in runs.values():
+        for label, result in run["perplexity"]["checkpoints"].items():
+            match = _LABEL.fullmatch(label)
+            needles: dict[str, dict[int, list[float]]] = defaultdict(dict)
+            for part in run["needle"]:
+                for task, grid in part["checkpoints"].get(label, {"recall": {}})["recall"].items():
+                    for length, column in zip(part["protocol"]["lengths"], zip(*grid), strict=True):
+                        needles[task][length] = list(column)
+            by_length = {int(length): values for length, values in result["by_length"].items()}
+            name = match["variant"] + (match["scaling"] or "")
+            variants[name][int(match["seed"])] = Measured(by_length, result["by_position"], dict(needles))
+    return dict(variants)
+
+
+def perplexity_table(variants: dict[str, dict[int, Measured]], protocol: dict[str, Any], reference: str) -> str:
+    lengths, base = protocol["lengths"], protocol["train_length"]
+    header = ["perplexity", "seeds", *(f"{n} ({n / base:g}x)" for n in lengths), f"loss at 1x vs {reference}"]
+    rows = []
+    for variant, seeds in variants.items():
+        cells = []
+        for length in lengths:
+            found = [measured.by_length[length] for measured in seeds.values()]
+            value = format_number(statistics.mean(cell["perplexity"] for cell in found))
+            if len(found) == 1:
+                low, high = (format_number(found[0][key]) for key in ("low", "high"))
+                cells.append(f"{value} [{low}, {high}]")
+            else:
+                low, high = (format_number(pick(cell["perplexity"] for cell in found)) for pick in (min, max))
+                cells.append(f"{value} ({low} to {high})")
+        rows.append([variant, str(len(seeds)), *cells, relative_loss(seeds, variants.get(reference), base)])
+    note = (
+        f"Same {protocol['windows']} x {protocol['target_tokens']} target tokens of {protocol['documents']} documents "
+        f"at every length. In brackets, with one seed: {protocol['interval']}; with more: smallest to largest."
+    )
+    return f"{format_table(header, rows)}\n\n{note}"
+
+
+def relative_loss(seeds: dict[int, Measured], reference: dict[int, Measured] | None, base: int) -> str:
+    """Difference of the mean loss over the seeds that both have."""
+    common = sorted(seeds.keys() & reference.keys()) if reference else []
+    if not common or base not in next(iter(seeds.values())).by_length:
+        return ""
+    own, other = (
+        statistics.mean(group[seed].by_length[base]["loss"] for seed in common) for group in (seeds, reference)
+    )
+    return f"{own / other - 1:+.2%}"
+
+
+def needle_tables(variants: dict[str, dict[int, Measured]], protocol: dict[str, Any]) -> list[str]:
+    """A table per task: share found over all depths, by length."""
+    tasks = list(dict.fromkeys(task for seeds in variants.values() for one in seeds.values() for task in one.needles))
+    tables = []
+    for task in tasks:
+        lengths = sorted(
+            {n for seeds in variants.values() for one in seeds.values() for n in one.needles.get(task, {})}
+        )
+        rows = []
+        for variant, seeds in variants.items():
+            cells = []
+            for length in lengths:
+                found = [
+                    statistics.mean(one.needles[task][length])
+                    for one in seeds.values()
+                    if length in one.needles.get(task, {})
+                ]
+                cells.append(f"{statistics.mean(found):.0%}" if found else "")
+            rows.append([variant, *cells])
+        header = [f"{task} found", *(f"{n} ({n / protocol['train_length']:g}x)" for n in lengths)]
+        tables.append(format_table(header, rows))
+    return tables
+
+
+def training_table(runs: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, run in runs.items():
+        if training := run["training"]:
+            numbers = (training["steps"], training["tokens"], round(training["tokens_per_second"]))
+            rate = f"{training['options']['learning_rate']:g}"
+            rows.append(
+                [name, *(f"{n:,}" for n in numbers), f"{training['memory_gb']:.1f}", rate, f"{training['loss']:.3f}"]
+            )
+    return format_table(["run", "steps", "tokens", "tokens/s", "GB", "learning rate", "last training loss"], rows)
+
+
+def heat_maps(measured: Measured) -> dict[str, list[list[float]]]:
+    """Task to one row per depth, one column per length."""
+    return {
+        task: [list(row) for row in zip(*(columns[length] for length in sorted(columns)), strict=True)]
+        for task, columns in measured.needles.items()
+    }
+
+
+def needle_depths(runs: dict[str, dict[str, Any]]) -> Sequence[float]:
+    return next(part["protocol"]["depths"] for run in runs.values() for part in run["needle"])
+
+
+if __name__ == "__main__":
+    main()

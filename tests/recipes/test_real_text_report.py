@@ -1,0 +1,95 @@
+"""The comparison of measured runs: seeds together, RoPE scalings apart, parts that are missing left out."""
+
+import json
+import sys
+
+import pytest
+import real_text_report as recipe
+
+LENGTHS = [64, 128]
+
+
+def cell(loss):
+    return {"perplexity": 10 * loss, "loss": loss, "low": 9 * loss, "high": 11 * loss, "tokens": 32, "documents": 3}
+
+
+def write(folder, losses, found=None, training=True):
+    """A run with a loss at 64 and at 128 tokens, and a share of needles at each depth."""
+    (folder / "perplexity").mkdir(parents=True)
+    protocol = {"train_length": 64, "lengths": LENGTHS, "windows": 3, "target_tokens": 32, "documents": 3}
+    labels = [folder.name] if folder.name.startswith("mine") else [folder.name, f"{folder.name}+yarn"]
+    result = {
+        "by_length": {str(n): cell(loss) for n, loss in zip(LENGTHS, losses)},
+        "by_position": [{"first": 1, "last": 15, "loss": 3.0, "tokens": 9}],
+    }
+    content = {
+        "protocol": {**protocol, "interval": "95% bootstrap"},
+        "unigram_perplexity": 99.0,
+        "checkpoints": dict.fromkeys(labels, result),
+    }
+    (folder / "perplexity" / "perplexity.json").write_text(json.dumps(content))
+    for number, length in enumerate(LENGTHS if found else []):
+        part = folder / f"needle{number}"
+        part.mkdir()
+        grids = {label: {"recall": {"s_niah_1": [[share[number]] for share in found]}} for label in labels}
+        content = {"protocol": {"lengths": [length], "depths": [0.0, 1.0]}, "checkpoints": grids}
+        (part / "needle.json").write_text(json.dumps(content))
+    if training:
+        line = {"step": 5, "loss": 2.5, "tokens": 640, "tokens_per_second": 1234.4, "memory_gb": 1.25}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 5, "eval_loss": 2.0}\n')
+        (folder / "options.json").write_text('{"learning_rate": 0.002, "seed": 1}')
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    def run(*flags):
+        arguments = ["--runs", tmp_path / "runs", "--output_dir", tmp_path / "report", *flags]
+        monkeypatch.setattr(sys, "argv", ["real_text_report.py", *map(str, arguments)])
+        (tmp_path / "report").mkdir(exist_ok=True)
+        recipe.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def row(table, start):
+    (found,) = (line for line in table.splitlines() if line.startswith(f"| {start} "))
+    return [part.strip() for part in found.strip("|").split("|")][1:]
+
+
+def test_tables_and_pictures(tmp_path, report):
+    write(tmp_path / "runs" / "mine_s0", [2.0, 1.0], [[1.0, 0.5], [0.5, 0.0]])
+    write(tmp_path / "runs" / "mine_s1", [3.0, 2.0], [[1.0, 0.5], [1.0, 1.0]])
+    write(tmp_path / "runs" / "softmax_rope_s0", [2.5, 4.0], [[1.0, 0.0], [1.0, 0.0]])
+    write(tmp_path / "runs" / "unmeasured_s0", [1.0, 1.0])
+    (tmp_path / "runs" / "unmeasured_s0" / "perplexity" / "perplexity.json").unlink()
+    (tmp_path / "runs" / "needle_samples").mkdir()
+    out = report()
+    table = (tmp_path / "report" / "real_text.md").read_text()
+    assert table in out
+    perplexity, needles, training = table.split("found")[0], table.split("found")[1], table.split("last training")[1]
+    # Both seeds: their mean, and how far they are apart; only seed 0 is there to compare with.
+    assert row(perplexity, "mine") == ["2", "25 (20 to 30)", "15 (10 to 20)", "-20.00%"]
+    assert row(perplexity, "softmax_rope") == ["1", "25 [22.5, 27.5]", "40 [36, 44]", "+0.00%"]
+    assert row(perplexity, "softmax_rope+yarn")[0] == "1"
+    assert row(needles, "mine") == ["88%", "50%"]
+    assert row(needles, "softmax_rope+yarn") == ["100%", "0%"]
+    assert row(training, "mine_s1") == ["5", "640", "1,234", "1.2", "0.002", "2.500"]
+    content = json.loads((tmp_path / "report" / "real_text.json").read_text())
+    assert set(content["runs"]) == {"mine_s0", "mine_s1", "softmax_rope_s0"}
+    assert content["runs"]["mine_s0"]["training"]["options"]["seed"] == 1
+    for name in ("perplexity.png", "needles.png"):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_are_not_finished(tmp_path, report):
+    write(tmp_path / "runs" / "mine_s0", [2.0, 1.0], training=False)
+    report()
+    assert not (tmp_path / "report" / "needles.png").exists()
+    assert row((tmp_path / "report" / "real_text.md").read_text(), "mine")[-1] == ""
+
+
+def test_no_runs(tmp_path, report):
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds no folder VARIANT_sSEED"):
+        report()
