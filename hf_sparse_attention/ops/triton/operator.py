@@ -17,17 +17,16 @@ from .decode import (
     decode_scores_kernel,
     decode_threshold_kernel,
 )
+from .descriptors import descriptor, descriptor_obstacle
+from .geometry import Geometry, aligned, list_dtype, row_stride, strides_of, tokens_first
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
 from .sweep import CHUNK, ROW_GROUP, key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
-from .tiles import ALIGNMENT
-from .tiling import DECODE_SCORES, Tiling, decode_launch, padded, tiling
+from .tiling import DECODE_SCORES, decode_launch, descriptor_tiling, padded, tiling
 
 LOG2_E = 1.4426950408889634
-# Keys and values of the heads in flight should fit in the L2 cache beside everything else.
-_L2_BYTES = 24 * 2**20
 # Every so many tiles are swept before the others, so that the bounds become good early.
 _SAMPLE = 16
 # Programs among which the keys of a decoding step are split.
@@ -40,54 +39,6 @@ _SPARSEMAX_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32:
 
 def _kind(alpha: float) -> int:
     return {1.0: SOFTMAX.value, 1.5: ENTMAX15.value, 2.0: SPARSEMAX.value}.get(alpha, ENTMAX.value)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself when kernels can read it by 16 bytes, else a contiguous copy."""
-    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1]
-    # Offsets within a tile of rows are 32-bit.
-    near = tensor.shape[-2] == 1 or tensor.stride(-2) < 2**22
-    aligned = all(stride % ALIGNMENT.value == 0 for stride in strides) and tensor.data_ptr() % 16 == 0
-    return (
-        tensor if near and aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-    )
-
-
-def _tokens_first(like: Tensor, length: int, heads: int, dim: int) -> Tensor:
-    """Uninitialised (B, heads, length, dim) stored as (B, length, heads, dim), the layout of a projection."""
-    return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
-
-
-def _list_dtype(q_tiles: int, k_tiles: int) -> torch.dtype:
-    # An entry is twice a tile index plus one bit.
-    return torch.int16 if max(q_tiles, k_tiles) <= 2**14 else torch.int32
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride // ALIGNMENT.value for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-class _Geometry:
-    """Sizes, strides and compile-time parameters shared by the launches of one call."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: Tiling) -> None:
-        self.batch, self.q_heads, self.q_len, self.dim = query.shape
-        self.k_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
-        self.group = self.q_heads // self.k_heads
-        self.q_tiles = triton.cdiv(self.q_len, tiles.rows)
-        self.k_tiles = triton.cdiv(self.k_len, tiles.columns)
-        bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
-        self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
-        self.exact = query.dtype == torch.float32
-        if not self.exact or (query.is_cuda and torch.backends.cuda.matmul.allow_tf32):
-            self.precision = "tf32"
-        else:
-            # Three tensor core products make one of float32; above 128 dimensions they do not fit a multiprocessor.
-            fits = query.is_cuda and max(self.dim, self.value_dim) <= 128
-            self.precision = "tf32x3" if fits else "ieee"
-
-    def sizes(self) -> tuple[int, ...]:
-        return self.batch, self.q_heads, self.group, self.q_len, self.k_len, self.q_tiles, self.k_tiles
 
 
 def _list_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
@@ -117,18 +68,18 @@ def forward(
         tiles) float32: scale, reference, offset, inverse normaliser; for each head and tile of queries a list of
         key tiles, its length, and flags, flattened.
     """
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
-    geometry = _Geometry(query, key, value, tiles)
+    geometry = Geometry(query, key, value, tiles)
     heads, q_tiles, k_tiles = geometry.batch * geometry.q_heads, geometry.q_tiles, geometry.k_tiles
     kind = _kind(alpha)
-    out = _tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
+    out = tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
     sparse = kind != SOFTMAX.value
     mean = torch.empty_like(out) if training and sparse else out.new_empty(0)
     # The sparse kernels hand each other rows and candidates; softmax writes them for the backward only.
     keep = training or sparse
     rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
-    lists = out.new_empty(heads * q_tiles * k_tiles if keep else 0, dtype=_list_dtype(q_tiles, k_tiles))
+    lists = out.new_empty(heads * q_tiles * k_tiles if keep else 0, dtype=list_dtype(q_tiles, k_tiles))
     counts = out.new_empty(heads * q_tiles if keep else 0, dtype=torch.int32)
     flags = out.new_empty(heads * q_tiles * k_tiles if training else 0, dtype=torch.uint8)
     state = (mean, rows, lists, counts, flags)
@@ -142,7 +93,7 @@ def forward(
         "HAS_POSITIONS": query_positions is not None, "PRECISION": geometry.precision,
     }  # fmt: skip
     values = {"DV": geometry.value_dim, "DVP": padded(geometry.value_dim), "TRAINING": training}
-    ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
+    ranges = (row_stride(key_start), 0 if query_positions is None else row_stride(query_positions))
     places = (*ranges, *geometry.sizes(), geometry.heads_at_once)
     visible = (key_start, key_end, query_positions)
     grid = (q_tiles * heads,)
@@ -152,7 +103,7 @@ def forward(
             flags.zero_()
         softmax_forward_kernel[grid](
             query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags,
-            *_strides(query, key, value), *places, scaling,
+            *strides_of(query, key, value), *places, scaling,
             EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
         )  # fmt: skip
         return out, *(state if training else _no_state(state))
@@ -167,17 +118,17 @@ def forward(
     sweep_kernel[grid](
         query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
         lists, excess, scratch, counts, flags,
-        *_strides(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
+        *strides_of(query, key), *places, *factors, KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
         **common, **tiles.sweep.options(),
     )  # fmt: skip
     solve_kernel[grid](
         query, key, query_scale, slopes, *visible, reference, offset, start, flatness, lists, counts,
-        *_strides(query, key), *places, *factors, limits[query.dtype],
+        *strides_of(query, key), *places, *factors, limits[query.dtype],
         KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
     )  # fmt: skip
     output_kernel[grid](
         query, key, value, query_scale, slopes, *visible, reference, offset, scale, inverse,
-        out, mean, lists, counts, flags, *_strides(query, key, value), *places, *factors,
+        out, mean, lists, counts, flags, *strides_of(query, key, value), *places, *factors,
         KIND=kind, EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
     )  # fmt: skip
     return out, *(state if training else _no_state(state))
@@ -189,16 +140,12 @@ def _no_state(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return mean, rows.new_empty(4, 0), lists.new_empty(0), counts.new_empty(0), flags
 
 
-def _row_stride(ranges: Tensor) -> int:
-    return 0 if ranges.shape[0] == 1 else ranges.stride(0)
-
-
 def _key_norms(key: Tensor, columns: int) -> Tensor:
     batch, heads, length, dim = key.shape
     tiles = triton.cdiv(length, columns)
     norms = key.new_empty(batch * heads, tiles, dtype=torch.float32)
     key_norms_kernel[(tiles, batch * heads)](
-        key, norms, *_strides(key), heads, length, tiles, D=dim, PADDED=padded(dim), BN=columns
+        key, norms, *strides_of(key), heads, length, tiles, D=dim, PADDED=padded(dim), BN=columns
     )
     return norms
 
@@ -209,7 +156,7 @@ forward_op = torch.library.custom_op("hf_sparse_attention::triton_forward", forw
 @forward_op.register_fake
 def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling, training):
     heads, q_tiles, k_tiles, tile_rows = _list_shapes(query, key, value)
-    out = _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
+    out = tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
     mean = torch.empty_like(out) if training and alpha != 1.0 else out.new_empty(0)
     # One dimension: compilers would ask of each of several whether it is 1.
     lists = heads * q_tiles * k_tiles if training else 0
@@ -217,7 +164,7 @@ def _(query, key, value, query_scale, slopes, key_start, key_end, query_position
         out,
         mean,
         out.new_empty((4, heads, q_tiles * tile_rows) if training else (4, 0), dtype=torch.float32),
-        out.new_empty(lists, dtype=_list_dtype(q_tiles, k_tiles)),
+        out.new_empty(lists, dtype=list_dtype(q_tiles, k_tiles)),
         out.new_empty(heads * q_tiles if training else 0, dtype=torch.int32),
         out.new_empty(lists, dtype=torch.uint8),
     )
@@ -236,14 +183,14 @@ def decode(
     scaling: float,
 ) -> Tensor:
     """Output (B, Hq, Lq, Dv) for few queries and many keys; without gradients."""
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     batch, q_heads, q_len, dim = query.shape
     k_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group, kind = q_heads // k_heads, _kind(alpha)
     rows = group * q_len
-    geometry = _Geometry(query, key, value, tiling(max(dim, value_dim), query.dtype))
+    geometry = Geometry(query, key, value, tiling(max(dim, value_dim), query.dtype))
     launch = decode_launch(max(dim, value_dim), query.dtype)
-    out = _tokens_first(query, q_len, q_heads, value_dim)
+    out = tokens_first(query, q_len, q_heads, value_dim)
     blocks = triton.cdiv(k_len, launch.columns)
     per_split = max(1, blocks * batch * k_heads // _DECODE_PROGRAMS)
     splits = triton.cdiv(blocks, per_split)
@@ -266,7 +213,7 @@ def decode(
     }  # fmt: skip
     decode_scores_kernel[(splits, batch * k_heads)](
         query, key, query_scale, slopes, key_start, key_end, query_positions, scores, block_max,
-        *_strides(query, key), _row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions),
+        *strides_of(query, key), row_stride(key_start), 0 if query_positions is None else row_stride(query_positions),
         q_heads, group, q_len, k_len, blocks, per_split, scaling * unit, unit, D=dim, DP=padded(dim),
         HAS_SCALE=query_scale is not None, HAS_SLOPES=slopes is not None,
         HAS_POSITIONS=query_positions is not None, **common,
@@ -277,11 +224,11 @@ def decode(
     )  # fmt: skip
     decode_output_kernel[(splits, batch * k_heads)](
         value, scores, block_max, reference, offset, lists, partial, total,
-        *_strides(value), k_heads, rows, k_len, blocks, per_split, splits, beta,
+        *strides_of(value), k_heads, rows, k_len, blocks, per_split, splits, beta,
         KIND=kind, DV=value_dim, DVP=padded(value_dim), **common,
     )  # fmt: skip
     decode_combine_kernel[(batch * k_heads * rows,)](
-        partial, total, key_start, key_end, out, q_heads, group, q_len, k_len, splits, _row_stride(key_start),
+        partial, total, key_start, key_end, out, q_heads, group, q_len, k_len, splits, row_stride(key_start),
         DV=value_dim, DVP=padded(value_dim), SPLITS=16,
     )  # fmt: skip
     return out
@@ -292,7 +239,7 @@ decode_op = torch.library.custom_op("hf_sparse_attention::triton_decode", decode
 
 @decode_op.register_fake
 def _(query, key, value, query_scale, slopes, key_start, key_end, query_positions, alpha, scaling):
-    return _tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
+    return tokens_first(query, query.shape[2], query.shape[1], value.shape[3])
 
 
 def backward(
@@ -316,14 +263,14 @@ def backward(
     slope_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, and (empty unless asked for) query_scale and slopes."""
-    query, key, value, grad = _aligned(query), _aligned(key), _aligned(value), _aligned(grad)
+    query, key, value, grad = aligned(query), aligned(key), aligned(value), aligned(grad)
     tiles = tiling(max(query.shape[3], value.shape[3]), query.dtype)
-    geometry = _Geometry(query, key, value, tiles)
+    geometry = Geometry(query, key, value, tiles)
     batch, q_heads, _, q_len, k_len, q_tiles, k_tiles = geometry.sizes()
     k_heads, heads = geometry.k_heads, batch * q_heads
-    grad_query = _tokens_first(query, q_len, q_heads, geometry.dim)
-    grad_key = _tokens_first(key, k_len, k_heads, geometry.dim)
-    grad_value = _tokens_first(value, k_len, k_heads, geometry.value_dim)
+    grad_query = tokens_first(query, q_len, q_heads, geometry.dim)
+    grad_key = tokens_first(key, k_len, k_heads, geometry.dim)
+    grad_value = tokens_first(value, k_len, k_heads, geometry.value_dim)
     grad_scale = rows.new_empty((batch, q_heads, q_len) if scale_gradient else 0)
     slope_rows = rows.new_empty((batch, q_heads, q_len) if slope_gradient else 0)
     if grad_query.numel() == 0 or k_len == 0:
@@ -332,32 +279,44 @@ def backward(
 
     unit = LOG2_E if alpha == 1.0 else alpha - 1.0
     beta = 1.0 if alpha == 1.0 else 1.0 / (alpha - 1.0)
-    delta = torch.empty_like(rows[0])
+    kind = _kind(alpha)
+    key_launch, split, query_by_descriptor = tiles.key, False, False
+    by_descriptor = descriptor_obstacle(query, key, value, grad) is None
+    if by_descriptor:
+        heavy = kind == ENTMAX.value or slopes is not None
+        key_launch, split, query_by_descriptor = descriptor_tiling(geometry.dim, heavy)
+    # See add_tiles: slopes need one more than other 16-bit inputs, float32 two.
+    row_vectors = 7 if geometry.exact else 6 if slopes is not None else 5
+    vectors = rows.new_empty(heads, q_tiles, row_vectors, tiles.rows)
     common = {
         "D": geometry.dim, "DP": padded(geometry.dim), "DV": geometry.value_dim, "DVP": padded(geometry.value_dim),
-        "KIND": _kind(alpha), "HAS_SLOPES": slopes is not None,
-        "HAS_POSITIONS": query_positions is not None, "PRECISION": geometry.precision,
-        "EXACT": geometry.exact,
+        "KIND": kind, "HAS_SLOPES": slopes is not None, "HAS_POSITIONS": query_positions is not None,
+        "PRECISION": geometry.precision, "EXACT": geometry.exact, "ROW_VECTORS": row_vectors,
     }  # fmt: skip
-    ranges = (_row_stride(key_start), 0 if query_positions is None else _row_stride(query_positions))
-    places = (*_strides(query, key, value, grad), *ranges, *geometry.sizes())
+    position_stride = 0 if query_positions is None else row_stride(query_positions)
+    strides, sizes = strides_of(query, key, value, grad), geometry.sizes()
+
+    def source(tensor: Tensor, descriptors: bool, tile_rows: int) -> Any:
+        return descriptor(tensor, tile_rows) if descriptors else tensor
 
     query_gradient_kernel[(q_tiles * heads,)](
-        query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows,
-        lists, counts, delta, grad_query, grad_scale, slope_rows, *places, geometry.heads_at_once,
-        scaling, unit, beta, BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient,
+        query, *(source(tensor, query_by_descriptor, tiles.query.columns) for tensor in (key, value)), grad, mean,
+        slopes, key_start, key_end, query_positions, *rows, lists, counts, vectors, grad_query, grad_scale, slope_rows,
+        *strides, row_stride(key_start), position_stride, *sizes, geometry.heads_at_once, scaling, unit, beta,
+        BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient, TMA=query_by_descriptor,
         **common, **tiles.query.options(tiles.columns),
     )  # fmt: skip
     key_lists = lists.new_empty(heads, k_tiles, q_tiles)
-    key_counts = counts.new_empty(heads, k_tiles)
+    key_counts = counts.new_empty(2 if split else 1, heads, k_tiles)
     columns = 32
     transpose_list_kernel[(triton.cdiv(k_tiles, columns), heads)](
-        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
+        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns, SPLIT=split
     )
-    key_value_gradient_kernel[(triton.cdiv(k_len, tiles.key.columns) * batch * k_heads,)](
-        query, key, value, grad, slopes, key_start, key_end, query_positions, *rows,
-        key_lists, key_counts, delta, grad_key, grad_value, *places, unit, beta, TILE_M=tiles.rows,
-        BM=tiles.key_rows, **common, **tiles.key.options(tiles.columns),
+    key_value_gradient_kernel[(triton.cdiv(k_len, key_launch.columns) * batch * k_heads,)](
+        source(query, by_descriptor, tiles.key_rows), key, value, source(grad, by_descriptor, tiles.key_rows),
+        slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
+        *strides, position_stride, *sizes, unit, beta, TILE_M=tiles.rows, BM=tiles.key_rows,
+        TMA=by_descriptor, SPLIT=split, **common, **key_launch.options(tiles.columns),
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_scale, _sum_slopes(slope_rows, slopes, slope_gradient)
 
@@ -375,9 +334,9 @@ def _(
     flags, alpha, scaling, scale_gradient, slope_gradient,
 ):  # fmt: skip
     return (
-        _tokens_first(query, query.shape[2], query.shape[1], query.shape[3]),
-        _tokens_first(key, key.shape[2], key.shape[1], key.shape[3]),
-        _tokens_first(value, value.shape[2], value.shape[1], value.shape[3]),
+        tokens_first(query, query.shape[2], query.shape[1], query.shape[3]),
+        tokens_first(key, key.shape[2], key.shape[1], key.shape[3]),
+        tokens_first(value, value.shape[2], value.shape[1], value.shape[3]),
         rows.new_empty(query.shape[:3] if scale_gradient else 0),
         query.new_empty(slopes.shape, dtype=slopes.dtype) if slope_gradient else rows.new_empty(0),
     )

@@ -1,0 +1,65 @@
+"""Sizes, strides and layouts that the launches share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .tiles import ALIGNMENT
+from .tiling import Tiling
+
+# Keys and values of the heads in flight should fit in the L2 cache beside everything else.
+_L2_BYTES = 24 * 2**20
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself when kernels can read it by 16 bytes, else a contiguous copy."""
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1]
+    # Offsets within a tile of rows are 32-bit.
+    near = tensor.shape[-2] == 1 or tensor.stride(-2) < 2**22
+    readable = all(stride % ALIGNMENT.value == 0 for stride in strides) and tensor.data_ptr() % 16 == 0
+    return (
+        tensor if near and readable and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def tokens_first(like: Tensor, length: int, heads: int, dim: int) -> Tensor:
+    """Uninitialised (B, heads, length, dim) stored as (B, length, heads, dim), the layout of a projection."""
+    return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
+
+
+def list_dtype(q_tiles: int, k_tiles: int) -> torch.dtype:
+    # An entry is twice a tile index plus one bit.
+    return torch.int16 if max(q_tiles, k_tiles) <= 2**14 else torch.int32
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    return [stride // ALIGNMENT.value for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+class Geometry:
+    """Sizes, strides and compile-time parameters shared by the launches of one call."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: Tiling) -> None:
+        self.batch, self.q_heads, self.q_len, self.dim = query.shape
+        self.k_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
+        self.group = self.q_heads // self.k_heads
+        self.q_tiles = triton.cdiv(self.q_len, tiles.rows)
+        self.k_tiles = triton.cdiv(self.k_len, tiles.columns)
+        bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
+        self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
+        self.exact = query.dtype == torch.float32
+        if not self.exact or (query.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+            self.precision = "tf32"
+        else:
+            # Three tensor core products make one of float32; above 128 dimensions they do not fit a multiprocessor.
+            fits = query.is_cuda and max(self.dim, self.value_dim) <= 128
+            self.precision = "tf32x3" if fits else "ieee"
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.batch, self.q_heads, self.group, self.q_len, self.k_len, self.q_tiles, self.k_tiles
+
+
+def row_stride(ranges: Tensor) -> int:
+    return 0 if ranges.shape[0] == 1 else ranges.stride(0)
