@@ -49,6 +49,7 @@ class SparseAttentionConfig:
     top_k: int | None = _option("softmax over the k largest scores; only for the preset topk (default 64)", None)
     delta: float = _option("constant part of the scale t", 1.0)
     gamma_range: float = _option("gamma lies in (-gamma_range, gamma_range)", 2.0)
+    positive_gamma: bool = _option("gamma lies in (0, gamma_range): t never falls as the number of keys grows", False)
     projection_bias: bool = _option("whether the adaptive beta and gamma projections have a bias", True)
     beta_bias_init: float = _option("initial bias of the beta projection, before softplus; -4 starts near t = 1", -4.0)
     position_encoding: str = _option(
@@ -81,7 +82,7 @@ class SparseAttentionConfig:
         _check_choice("position_encoding", self.position_encoding, POSITION_ENCODINGS)
         _check_choice("alibi_slopes", self.alibi_slopes, ALIBI_SLOPES)
         _check_choice("backend", self.backend, BACKENDS)
-        for name in ("projection_bias", "scale_alibi_heads"):
+        for name in ("positive_gamma", "projection_bias", "scale_alibi_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "true or false")
         for name in ("top_k", "alibi_heads"):

@@ -74,7 +74,8 @@ class LengthScale(nn.Module):
     """The learned part of t for one attention layer.
 
     Args:
-        settings: gives the kind (``length_scaling``), ``gamma_range``, ``projection_bias``, ``beta_bias_init``.
+        settings: gives the kind (``length_scaling``), ``gamma_range``, ``positive_gamma``, ``projection_bias``,
+            ``beta_bias_init``.
         hidden_size: features of the hidden states that enter the attention layer.
         num_heads: query heads.
     """
@@ -84,6 +85,7 @@ class LengthScale(nn.Module):
         self.kind = settings.length_scaling
         self.delta = settings.delta
         self.gamma_range = settings.gamma_range
+        self.positive_gamma = settings.positive_gamma
         if self.kind == "adaptive":
             bias = settings.projection_bias
             self.beta_proj = HeadProjection(hidden_size, num_heads, bias, settings.beta_bias_init)
@@ -107,7 +109,10 @@ class LengthScale(nn.Module):
             raw = self.beta(hidden_states), self.gamma(hidden_states)
         raw_beta, raw_gamma = (values.transpose(1, 2).float() for values in raw)
         # softplus as -logsigmoid(-x): F.softplus before a transpose breaks its backward under aot_eager.
-        return -F.logsigmoid(-raw_beta), self.gamma_range * torch.tanh(raw_gamma)
+        share = torch.tanh(raw_gamma)
+        if self.positive_gamma:
+            share = 0.5 + 0.5 * share
+        return -F.logsigmoid(-raw_beta), self.gamma_range * share
 
 
 def warn_frozen(scale: nn.Module) -> None:

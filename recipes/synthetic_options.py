@@ -131,6 +131,13 @@ class TrainOptions:
     scale_lr_multiplier: float = field(
         default=1.0, metadata=_help("factor of the learning rate for the length scale's parameters")
     )
+    query_jitter: float = field(
+        default=1.0,
+        metadata=_help(
+            "in training the queries of each row are multiplied by a number from this to 1, so that what is learned "
+            "does not need scores as sharp as they are; 1: no"
+        ),
+    )
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW beta1"))
     adam_beta2: float = field(default=0.99, metadata=_help("AdamW beta2"))
     weight_decay: float = field(default=0.0, metadata=_help("of weights; never of norms, biases and length scale"))
@@ -182,6 +189,7 @@ class TrainOptions:
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        _check(0 < self.query_jitter <= 1, "query_jitter", self.query_jitter, "above 0 and up to 1")
         _check(1 <= self.alpha_start <= 2, "alpha_start", self.alpha_start, "1 to 2")
         _check(self.mixed_precision in ("bf16", "no"), "mixed_precision", self.mixed_precision, "bf16, no")
         _check(self.resume in (None, "latest"), "resume", self.resume, "latest")

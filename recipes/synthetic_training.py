@@ -123,6 +123,30 @@ def fused_norms(model: LlamaForCausalLM) -> Iterator[None]:
             module.__class__ = LlamaRMSNorm
 
 
+class _ScaledLinear(torch.nn.Linear):
+    """Output times ``factor``, which holds a number for each row."""
+
+    factor: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        return output * self.factor.to(output.dtype)
+
+
+@contextlib.contextmanager
+def scaled_queries(model: LlamaForCausalLM, factor: Tensor) -> Iterator[None]:
+    """In here the queries of each row are multiplied by its ``factor``, (B, 1, 1)."""
+    projections = [layer.self_attn.q_proj for layer in model.model.layers]
+    try:
+        for module in projections:
+            module.__class__, module.factor = _ScaledLinear, factor
+        yield
+    finally:
+        for module in projections:
+            module.__class__ = torch.nn.Linear
+            del module.factor
+
+
 class Trainer:
     """Model, optimizer and the step, which on a CUDA device is captured once for each padded length.
 
@@ -152,6 +176,8 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.compiled = torch.compile(target_loss, dynamic=False) if options.compile else None
         self.shortest, self.longest = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        # Of the queries of each row, see query_jitter; kept, because a compiled step refers to it.
+        self.factor = torch.ones(options.batch_size, 1, 1, device=device)
         # Sums of loss, exact match and gradient norm since they were last read.
         self.sums = torch.zeros(3, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -224,7 +250,7 @@ class Trainer:
         high = self.longest - self.shortest + 1
         lengths = self.shortest + uniform_below(high, (self.options.batch_size,), None)
         samples = self.task.sample_lengths(lengths, limit)
-        with fused_norms(self.model), self._autocast():
+        with fused_norms(self.model), self._jittered(), self._autocast():
             forward = self.compiled if self._is_final(limit) and self.compiled else target_loss
             loss, exact = forward(self.model, *samples, self.task.label_tokens(limit))
         self.optimizer.zero_grad(set_to_none=True)
@@ -236,6 +262,12 @@ class Trainer:
     def _is_final(self, limit: int) -> bool:
         """Whether these are the rows of most of the training: a shape that is worth compiling for."""
         return self.task == self.stages[-1] and limit == self.options.lengths(self.task)[1]
+
+    def _jittered(self) -> contextlib.AbstractContextManager:
+        if self.options.query_jitter == 1:
+            return contextlib.nullcontext()
+        self.factor.uniform_(self.options.query_jitter, 1.0)
+        return scaled_queries(self.model, self.factor)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.options.mixed_precision == "no":

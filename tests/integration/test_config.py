@@ -32,6 +32,7 @@ def test_presets_are_defaults(preset):
         ({"gamma_range": -1}, r"gamma_range is -1"),
         ({"delta": float("inf")}, r"delta is inf"),
         ({"projection_bias": 1}, r"projection_bias is 1; allowed: true or false"),
+        ({"positive_gamma": 0}, r"positive_gamma is 0; allowed: true or false"),
         ({"top_k": 4}, r"top_k is 4; allowed: null for every preset but topk"),
         ({"preset": "topk", "top_k": 0}, r"top_k is 0; allowed: an integer of at least 1"),
         ({"alibi_heads": 2}, r"alibi_heads is 2; allowed: null unless position_encoding is nape"),

@@ -14,7 +14,16 @@ import synthetic
 import torch
 from safetensors.torch import load_file
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
-from synthetic_training import Progress, Trainer, build_model, fused_norms, last_hidden_states, target_loss, train
+from synthetic_training import (
+    Progress,
+    Trainer,
+    build_model,
+    fused_norms,
+    last_hidden_states,
+    scaled_queries,
+    target_loss,
+    train,
+)
 from tiny_run import RECIPES, as_flags
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -419,6 +428,32 @@ def test_lengths_below_the_task_are_refused(tmp_path, capsys):
         run(tmp_path / "out", task="mqmtar", train_lengths=[3, 64])
     assert "length is 3" in capsys.readouterr().err
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_query_jitter_is_for_training_only():
+    """Scores of each row times one number: a model whose queries are divided by it computes the same."""
+    task_options, train_options, _ = options(query_jitter=0.4)
+    trainer = Trainer(build_model(task_options), task_options.trained_task(), train_options, torch.device("cpu"))
+    trainer.set_lengths(4, 12)
+    trainer.set_rate(1.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.steps(12)
+    factor = trainer.factor.flatten()
+    assert 0.4 <= factor.min() < factor.max() <= 1
+    assert not torch.equal(trainer.model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    assert trainer.model.state_dict().keys() == before.keys()
+
+    samples = trainer.task.sample(train_options.batch_size, 12, torch.Generator().manual_seed(0))
+    trainer.model.eval()
+    with torch.no_grad():
+        plain = trainer.model(samples.input_ids).logits
+        with scaled_queries(trainer.model, trainer.factor):
+            scaled = trainer.model(samples.input_ids).logits
+        assert torch.equal(trainer.model(samples.input_ids).logits, plain)
+        for layer in trainer.model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(factor[3])
+        torch.testing.assert_close(trainer.model(samples.input_ids[3:4]).logits, scaled[3:4], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scaled, plain, atol=1e-4)
 
 
 @pytest.mark.gpu
