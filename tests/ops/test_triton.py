@@ -111,8 +111,8 @@ assert "float32" in reason(*tensors(dtype=torch.float32))
 assert "80" in reason(*tensors(dim=80, value_dim=80)) and "not both" in reason(*tensors(value_dim=128))
 assert "pairs" in reason(*tensors(length=4095))
 assert "expanded" in reason(*tensors()[:3], torch.empty(1, 1, 1, 64, device="meta").expand(1, 16, 4096, 64))
-descriptors.triton.__version__ = "3.5.1"
-assert "3.5.1" in reason(*tensors())
+descriptors._TRITON_IS_OLD = True
+assert "older" in reason(*tensors())
 """
     )
 

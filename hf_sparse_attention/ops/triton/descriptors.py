@@ -13,8 +13,8 @@ try:
 except ImportError:
     TensorDescriptor = None
 
-# The first version whose code was measured.
-_TRITON = (3, 6)
+# The code of earlier versions was not measured.
+_TRITON_IS_OLD = TensorDescriptor is None or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 _HEAD_DIMS = (64, 128)
 # Pairs of a query and a key, over all heads (16 heads of 4096 tokens): from here on the kernels save more than the
 # ten or twenty microseconds in which the host makes descriptors.
@@ -33,8 +33,8 @@ def descriptor_obstacle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor)
         query, grad: (B, Hq, Lq, D) and (B, Hq, Lq, Dv), as the kernels read them: see ``geometry.aligned``.
         key, value: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), likewise.
     """
-    if TensorDescriptor is None or tuple(int(part) for part in triton.__version__.split(".")[:2]) < _TRITON:
-        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _TRITON))}"
+    if _TRITON_IS_OLD:
+        return f"Triton {triton.__version__} is older than 3.6"
     if query.dtype == torch.float32:
         return "products of float32 take longer than reading"
     if query.shape[3] != value.shape[3] or query.shape[3] not in _HEAD_DIMS:
