@@ -92,7 +92,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Runs by task and then by variant; where runs of a variant were trained differently, their names say how."""
+    """Runs by task and then by variant; where runs of a variant were trained differently, their names say how.
+
+    Where they differ in more than two settings, each goes by its folder.
+    """
     same: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         same.setdefault((run["task"], variant_name(run["attention"])), []).append(run)
@@ -100,7 +103,8 @@ def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Ma
     for (task, variant), members in same.items():
         differing = [name for name in _COMPARED if len({repr(_setting(run, name)) for run in members}) > 1]
         for run in members:
-            name = ", ".join([variant, *(f"{name} {_setting(run, name)}" for name in differing)])
+            details = [f"{name} {_setting(run, name)}" for name in differing]
+            name = ", ".join([variant, *(details if len(details) <= 2 else [run["name"]])])
             grouped.setdefault(task, {}).setdefault(name, []).append(run)
     return grouped
 
