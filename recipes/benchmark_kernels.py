@@ -350,15 +350,16 @@ def plot(path: Path, rows: list[dict[str, Any]], lengths: list[int]) -> None:
 def main() -> None:
     (args,) = parse_arguments(KernelBenchmarkArguments, description=__doc__)
     torch.manual_seed(args.seed)
-    results = {}
+    folder = Path(args.output_dir)
+    record = run_record(dataclasses.asdict(args), torch.device("cuda"), processes=1)
+    results: dict[str, list[dict[str, Any]]] = {}
     for name in args.sections:
         results[name] = SECTIONS[name](args)
         torch.cuda.empty_cache()
         if name != "training":
             print(f"{name}\n{table(results[name])}\n", flush=True)
-    folder = Path(args.output_dir)
-    record = run_record(dataclasses.asdict(args), torch.device("cuda"), processes=1)
-    write_json(folder / "benchmark_kernels.json", {**results, "run": record})
+        # After each section, so that a later one that fails loses nothing.
+        write_json(folder / "benchmark_kernels.json", {**results, "run": record})
     tables = "\n\n".join(f"## {name}\n\n{table(rows)}" for name, rows in results.items())
     (folder / "benchmark_kernels.md").write_text(tables + "\n", encoding="utf-8")
     if results.get("training"):
