@@ -62,61 +62,6 @@ def test_forward_and_gradients_match_dense():
     interpret("\n".join(f"check_against_dense({case})" for case in CASES.values()))
 
 
-DESCRIPTOR_CASES = {
-    "groups of three heads": "Case(37, 37, 3, 1, scores='sharp')",
-    "queries that see nothing, two sequences": "Case(33, 50, batch=2, scores='heavy', ranges='holes')",
-    "sparsemax, documents, scale and slopes": "Case(40, 40, 2, alpha=2.0, ranges='packed', scale=True, slopes=True)",
-    "any alpha, fp16, window within a tile": "Case(70, 70, 1, alpha=1.3, dtype=torch.float16, ranges='window')",
-    "softmax, every tile full": "Case(64, 96, 2, alpha=1.0, ranges='full')",
-}
-needs_descriptors = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.tools.tensor_descriptor") is None,
-    reason="needs tensor descriptors of Triton 3.4",
-)
-
-
-@needs_descriptors
-def test_gradients_by_tensor_descriptors_match_dense():
-    """What Hopper runs: split lists; and without splitting, bit for bit what pointers give."""
-    cases = ", ".join(DESCRIPTOR_CASES.values())
-    interpret(
-        f"""
-from hf_sparse_attention.ops.triton import operator
-from hf_sparse_attention.ops.triton.tiling import DescriptorTiling, Launch
-cases = [{cases}]
-for case in cases:
-    inputs = make_inputs(case)
-    by_pointers = run_kernels(case, inputs)
-    obstacle, tiling = operator.descriptor_obstacle, operator.descriptor_tiling
-    operator.descriptor_obstacle = lambda *tensors: None
-    check_against_dense(case)
-    operator.descriptor_tiling = lambda *arguments: DescriptorTiling(Launch(16, 4, 1), False, True)
-    assert all(torch.equal(a, b) for a, b in zip(run_kernels(case, inputs), by_pointers)), case
-    operator.descriptor_obstacle, operator.descriptor_tiling = obstacle, tiling
-"""
-    )
-
-
-@needs_descriptors
-def test_reasons_against_tensor_descriptors():
-    interpret(
-        """
-from hf_sparse_attention.ops.triton import descriptors
-def tensors(length=4096, dim=64, value_dim=64, dtype=torch.bfloat16):
-    make = lambda size: torch.empty(1, 16, length, size, dtype=dtype, device="meta")
-    return make(dim), make(dim), make(value_dim), make(value_dim)
-reason = descriptors.descriptor_obstacle
-assert "Hopper" in reason(*tensors())
-assert "float32" in reason(*tensors(dtype=torch.float32))
-assert "80" in reason(*tensors(dim=80, value_dim=80)) and "not both" in reason(*tensors(value_dim=128))
-assert "pairs" in reason(*tensors(length=4095))
-assert "expanded" in reason(*tensors()[:3], torch.empty(1, 1, 1, 64, device="meta").expand(1, 16, 4096, 64))
-descriptors._TRITON_IS_OLD = True
-assert "older" in reason(*tensors())
-"""
-    )
-
-
 def test_decode_matches_dense():
     interpret("\n".join(f"check_decode_against_dense({case})" for case in DECODE_CASES.values()))
 

@@ -12,8 +12,7 @@ from triton_cases import (
     run_kernels,
 )
 
-from hf_sparse_attention.ops.triton import operator, triton_attention
-from hf_sparse_attention.ops.triton.descriptors import TensorDescriptor, descriptor_obstacle
+from hf_sparse_attention.ops.triton import triton_attention
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,73 +58,15 @@ CASES = [
     *(Case(130, 20000, 2, 1, 64, dtype=BF16, scores=s, ranges="full") for s in ("heavy", "tied", "equal")),
     *(Case(130, 9000, 2, 1, 64, dtype=t, alpha=a, ranges="full") for t in (FP16, FP32) for a in (1.2, 1.5, 2.0)),
     Case(300, 20000, 2, 1, 128, dtype=BF16, scores="sharp", slopes=True),
+    Case(700, 700, 5, 1, 128, dtype=BF16, scores="sharp", scale=True, slopes=True),
+    # A window and documents of fewer keys than a tile: every tile is partial.
+    *(Case(300, 300, 2, 1, d, dtype=BF16, batch=2, ranges=r) for d in (64, 128) for r in ("window", "packed")),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_dense(case):
     check_against_dense(case, "cuda")
-
-
-hopper = pytest.mark.skipif(
-    TensorDescriptor is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-    reason="needs a GPU of compute capability 9 and its tensor descriptors",
-)
-DESCRIPTOR_CASES = [
-    *(Case(n, n, 3, 1, d, dtype=BF16) for n in (1, 65, 1000) for d in (64, 128)),
-    *(
-        Case(517, 517, 4, 2, d, dtype=BF16, alpha=a, scores="sharp", scale=True)
-        for d in (64, 128)
-        for a in (1.0, 1.25, 1.5, 2.0)
-    ),
-    *(Case(700, 700, 5, 1, d, dtype=BF16, scores="sharp", scale=True, slopes=True) for d in (64, 128)),
-    Case(333, 700, 4, 2, 64, dtype=BF16, slopes=True, positions=True, ranges="full"),
-    # A window and documents of fewer keys than a tile: every tile is partial.
-    *(Case(300, 300, 2, 1, d, dtype=BF16, batch=2, ranges=r) for d in (64, 128) for r in ("window", "packed")),
-    *(Case(517, 700, 2, 2, 64, dtype=FP16, batch=2, ranges=r) for r in ("full", "padded", "holes")),
-    Case(4097, 4097, 2, 1, 64, dtype=BF16),
-]
-
-
-@hopper
-@pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
-def test_tensor_descriptors_give_the_gradients_of_pointers(case, monkeypatch):
-    inputs = make_inputs(case, "cuda")
-    monkeypatch.setattr(operator, "descriptor_obstacle", lambda *tensors: "pointers are asked for")
-    expected = run_kernels(case, inputs)
-    monkeypatch.setattr(operator, "descriptor_obstacle", lambda *tensors: None)
-    found = run_kernels(case, inputs)
-    for a, b in zip(found, run_kernels(case, inputs)):
-        assert torch.equal(a, b)
-    for a, b in zip(found, expected):
-        # Another order of the sums: now and then the last bit of 16.
-        assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
-    check_against_dense(case, "cuda")
-
-
-@hopper
-def test_tensor_descriptors_are_captured_in_a_cuda_graph(monkeypatch):
-    monkeypatch.setattr(operator, "descriptor_obstacle", lambda *tensors: None)
-    case = Case(517, 517, 4, 2, 128, dtype=BF16, scores="sharp")
-    inputs, others = make_inputs(case, "cuda"), make_inputs(case, "cuda", seed=1)
-    run_kernels(case, inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run_kernels(case, inputs)
-    with torch.no_grad():
-        for tensor, other in zip(inputs.differentiable(), others.differentiable()):
-            tensor.copy_(other)
-        inputs.grad.copy_(others.grad)
-    graph.replay()
-    for found, expected in zip(captured, run_kernels(case, others)):
-        assert torch.equal(found, expected)
-
-
-@hopper
-def test_long_rows_use_tensor_descriptors():
-    query, key, value, grad = (torch.empty(1, 16, 4096, 128, device="cuda", dtype=BF16) for _ in range(4))
-    assert descriptor_obstacle(query, key, value, grad) is None
-    assert "expanded" in descriptor_obstacle(query, key, value, grad[:, :1].expand_as(grad))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
@@ -170,12 +111,8 @@ def test_decode_in_a_cuda_graph_follows_its_inputs():
         assert torch.equal(output, run_forward(case, others))
 
 
-@pytest.mark.parametrize(
-    ("alpha", "obstacle"),
-    [(1.0, "pointers are asked for"), (1.5, "pointers are asked for"), pytest.param(1.5, None, marks=hopper)],
-)
-def test_compiled_training_step_has_one_graph_and_equal_gradients(alpha, obstacle, monkeypatch):
-    monkeypatch.setattr(operator, "descriptor_obstacle", lambda *tensors: obstacle)
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_compiled_training_step_has_one_graph_and_equal_gradients(alpha):
     case = Case(300, 300, 4, 2, 64, dtype=BF16, alpha=alpha, scores="sharp", scale=True)
     inputs = make_inputs(case, "cuda")
     expected = run_kernels(case, inputs)

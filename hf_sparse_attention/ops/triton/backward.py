@@ -6,9 +6,6 @@ With the row's normalised scale and threshold tau stored by the forward, ``x = m
     dz = inverse * u * (dP - delta),  delta = sum(u dP) / sum(u) = dO . mean,  dV = p^T dO,
 
 where ``mean`` is the mean of the values under u. For softmax, ``p = u = exp2(q.k * scale - tau)``.
-
-Where ``TMA`` is set, tiles are read through tensor descriptors of (batch, heads, length, dimension) by Hopper's copy
-engine, which needs no addresses in registers; elsewhere through pointers. ``descriptors.py`` decides.
 """
 
 import triton
@@ -23,7 +20,6 @@ from .tiles import (
     margin,
     mask_invisible,
     positions_of,
-    read_tile,
     schedule,
     store_tile,
 )
@@ -56,19 +52,18 @@ def query_gradient_kernel(
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     SCALE_GRADIENT: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ROW_VECTORS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    ROW_VECTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ, VECTORS and, where asked, the gradient of the query scale and of the slopes (per row, summed by the host).
 
     Grid: (q_tiles * batch * q_heads,). ``unit`` is the factor between z and the units of ROW_SCALE. VECTORS are the
-    ROW_VECTORS numbers that dK and dV need of each row (see :func:`add_tiles`), tile by tile.
+    ROW_VECTORS numbers that dK and dV need of each row (see :func:`key_value_gradient_kernel`), tile by tile.
     """
     q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
     b = bh // q_heads
     h = bh % q_heads
-    if not TMA:
-        K = head_base(K, stride_kb, stride_kh, b, h // group)
-        V = head_base(V, stride_vb, stride_vh, b, h // group)
+    K = head_base(K, stride_kb, stride_kh, b, h // group)
+    V = head_base(V, stride_vb, stride_vh, b, h // group)
     row = tl.arange(0, BM)
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DP)
@@ -116,7 +111,7 @@ def query_gradient_kernel(
         fix = (entry & 1) != 0
         if HAS_SLOPES:
             fix = fix | (slope != 0)
-        k = read_tile(K, stride_kn, b, h // group, first, k_len, cols, dims, D, DP, TMA)
+        k = load_tile(K, stride_kn, first, k_len, cols, dims, D, DP)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         y = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
         keys = first + cols
@@ -127,7 +122,7 @@ def query_gradient_kernel(
             if HAS_SLOPES:
                 y = y - row_slope[:, None] * far
             y = mask_invisible(y, keys, start, end)
-        v = read_tile(V, stride_vn, b, h // group, first, k_len, cols, dims_v, DV, DVP, TMA)
+        v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, u = weights(y, beta, KIND)
         grad_y = u * (grad_p - delta[:, None])
@@ -147,104 +142,24 @@ def query_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
-def transpose_list_kernel(
-    FLAGS, LIST, COUNT, q_tiles, k_tiles, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr
-):
-    """Query tiles of each key tile, ascending, from the flags. Grid: (ceil(k_tiles / COLS), batch * q_heads).
-
-    SPLIT: a list begins with the tiles whose queries see all keys, and the others go from its end backwards; the
-    counts of the others, of all heads, follow those of the former.
-    """
+def transpose_list_kernel(FLAGS, LIST, COUNT, q_tiles, k_tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Query tiles of each key tile, ascending, from the flags. Grid: (ceil(k_tiles / COLS), batch * q_heads)."""
     bh = tl.cast(tl.program_id(1), tl.int64)
     key_tile = tl.program_id(0) * COLS + tl.arange(0, COLS)
     inside = key_tile < k_tiles
     count = tl.zeros([COLS], tl.int32)
-    partial_count = tl.zeros([COLS], tl.int32)
     lists = LIST + (bh * k_tiles + key_tile) * q_tiles
     for first in range(0, q_tiles, ROWS):
         query_tile = first + tl.arange(0, ROWS)
         pointers = FLAGS + (bh * q_tiles + query_tile[:, None]) * k_tiles + key_tile[None, :]
         mask = (query_tile[:, None] < q_tiles) & inside[None, :]
         flag = tl.load(pointers, mask=mask, other=0).to(tl.int32)
-        partial = (flag == 2).to(tl.int32)
         listed = (flag > 0).to(tl.int32)
-        if SPLIT:
-            listed -= partial
         slot = count[None, :] + tl.cumsum(listed, 0) - 1
-        if SPLIT:
-            slot = tl.where(partial > 0, q_tiles - partial_count[None, :] - tl.cumsum(partial, 0), slot)
-            partial_count += tl.sum(partial, 0)
-        entry = 2 * query_tile[:, None] + partial
-        tl.store(lists[None, :] + slot, entry.to(LIST.dtype.element_ty), mask=flag > 0)
+        entry = 2 * query_tile[:, None] + (flag == 2).to(tl.int32)
+        tl.store(lists[None, :] + slot, entry.to(LIST.dtype.element_ty), mask=listed > 0)
         count += tl.sum(listed, 0)
     tl.store(COUNT + bh * k_tiles + key_tile, count, mask=inside)
-    if SPLIT:
-        total = tl.cast(tl.num_programs(1), tl.int64) * k_tiles
-        tl.store(COUNT + total + bh * k_tiles + key_tile, partial_count, mask=inside)
-
-
-# Which tiles of a list are partial, and need the mask.
-NONE, MARKED, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def add_tiles(
-    grad_k, grad_v, k, v, queries, grads, stride_qn, stride_gn, vectors, entries, step, count,
-    QUERY_POSITIONS, position_base, slope, keys, q_len, k_len, beta, b, h,
-    PARTIAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, TILE_M: tl.constexpr, BM: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, ROW_VECTORS: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dK and dV plus what ``count`` listed tiles of one head add, every ``step``-th entry, BM queries at a time.
-
-    ``vectors`` hold for each tile and row: scale, reference, delta times the scale of dz, start and end of the visible
-    keys (int32 as bits), normaliser (with slopes or EXACT), offset (EXACT). They are read where they are used: held
-    from the loop's start each would take 16 registers.
-    """
-    row = tl.arange(0, BM)
-    dims = tl.arange(0, DP)
-    dims_v = tl.arange(0, DVP)
-    row_parts: tl.constexpr = TILE_M // BM
-    for i in tl.range(0, count * row_parts, num_stages=STAGES):
-        entry = tl.load(entries + i // row_parts * step).to(tl.int32)
-        tile = entry >> 1
-        first_row = tile * TILE_M + (i % row_parts) * BM
-        q = read_tile(queries, stride_qn, b, h, first_row, q_len, row, dims, D, DP, TMA)
-        grad = read_tile(grads, stride_gn, b, h, first_row, q_len, row, dims_v, DV, DVP, TMA)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        of_tile = vectors + (tl.cast(tile, tl.int64) * (ROW_VECTORS * TILE_M) + (i % row_parts) * BM)
-        c = tl.load(of_tile + row)
-        reference = tl.load(of_tile + (TILE_M + row))
-        inverse = c
-        offset = c
-        if EXACT:
-            inverse = tl.load(of_tile + (5 * TILE_M + row))
-            offset = tl.load(of_tile + (6 * TILE_M + row))
-        y = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
-        if PARTIAL != NONE:
-            fix = (entry & 1) != 0
-            if HAS_SLOPES:
-                fix = fix | (slope != 0)
-            if fix or PARTIAL == ALL:
-                if HAS_SLOPES:
-                    rows = first_row + row
-                    position = positions_of(QUERY_POSITIONS, position_base, rows, q_len, k_len, HAS_POSITIONS)
-                    row_slope = slope * tl.load(of_tile + (5 * TILE_M + row))
-                    y = y - row_slope[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
-                start = tl.load(of_tile + (3 * TILE_M + row)).to(tl.int32, bitcast=True)
-                end = tl.load(of_tile + (4 * TILE_M + row)).to(tl.int32, bitcast=True)
-                visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
-                y = tl.where(visible, y, float("-inf"))
-        p, u = weights(y, beta, KIND)
-        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        delta = tl.load(of_tile + (2 * TILE_M + row))
-        if EXACT:
-            c *= inverse
-        grad_y = u * (grad_p * c[None, :] - delta[None, :])
-        grad_k = tl.dot(grad_y.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    return grad_k, grad_v
 
 
 @triton.jit(
@@ -263,12 +178,14 @@ def key_value_gradient_kernel(
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     TILE_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, ROW_VECTORS: tl.constexpr,
-    TMA: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BN keys, summed over the query heads of its group in a fixed order.
 
     Grid: (ceil(k_len / BN) * batch * key_heads,). A listed tile has TILE_M queries, read BM at a time, and PARTS * BN
-    keys. With SPLIT lists a loop without masks treats the tiles that are seen in full, and a second one the others.
+    keys. VECTORS hold for each tile and row: scale, reference, delta times the scale of dz, start and end of the
+    visible keys (int32 as bits), normaliser (with slopes or EXACT), offset (EXACT). They are read where they are used:
+    held from a tile's start each would take 16 registers.
     """
     k_heads = q_heads // group
     pid = tl.program_id(0)
@@ -282,6 +199,8 @@ def key_value_gradient_kernel(
     dims_v = tl.arange(0, DVP)
     first = key_block * BN
     keys = first + cols
+    row = tl.arange(0, BM)
+    row_parts: tl.constexpr = TILE_M // BM
     k = load_tile(head_base(K, stride_kb, stride_kh, b, k_head), stride_kn, first, k_len, cols, dims, D, DP)
     v = load_tile(head_base(V, stride_vb, stride_vh, b, k_head), stride_vn, first, k_len, cols, dims_v, DV, DVP)
     position_base = tl.cast(b, tl.int64) * stride_position
@@ -291,35 +210,51 @@ def key_value_gradient_kernel(
     for member in range(0, group):
         h = k_head * group + member
         q_bh = tl.cast(b * q_heads + h, tl.int64)
-        if TMA:
-            queries = Q
-            grads = GRAD
-        else:
-            queries = head_base(Q, stride_qb, stride_qh, b, h)
-            grads = head_base(GRAD, stride_gb, stride_gh, b, h)
+        queries = head_base(Q, stride_qb, stride_qh, b, h)
+        grads = head_base(GRAD, stride_gb, stride_gh, b, h)
         slope = 0.0
         if HAS_SLOPES:
             slope = tl.load(SLOPES + h).to(tl.float32) * unit
         entries = LIST + (q_bh * k_tiles + k_tile) * q_tiles
         vectors = VECTORS + q_bh * q_tiles * (ROW_VECTORS * TILE_M)
-        # Distances are part of every score of a head with a slope.
-        partial: tl.constexpr = NONE if SPLIT and not HAS_SLOPES else MARKED
-        grad_k, grad_v = add_tiles(
-            grad_k, grad_v, k, v, queries, grads, stride_qn, stride_gn, vectors, entries, 1,
-            tl.load(COUNT + q_bh * k_tiles + k_tile),
-            QUERY_POSITIONS, position_base, slope, keys, q_len, k_len, beta, b, h,
-            partial, KIND, D, DP, DV, DVP, TILE_M, BM, HAS_SLOPES, HAS_POSITIONS, EXACT, PRECISION, ROW_VECTORS,
-            TMA, STAGES,
-        )  # fmt: skip
-        if SPLIT:
-            total = tl.cast(batch * q_heads, tl.int64) * k_tiles
-            grad_k, grad_v = add_tiles(
-                grad_k, grad_v, k, v, queries, grads, stride_qn, stride_gn, vectors, entries + (q_tiles - 1), -1,
-                tl.load(COUNT + total + q_bh * k_tiles + k_tile),
-                QUERY_POSITIONS, position_base, slope, keys, q_len, k_len, beta, b, h,
-                ALL, KIND, D, DP, DV, DVP, TILE_M, BM, HAS_SLOPES, HAS_POSITIONS, EXACT, PRECISION, ROW_VECTORS,
-                TMA, 2,
-            )  # fmt: skip
+        count = tl.load(COUNT + q_bh * k_tiles + k_tile)
+        for i in tl.range(0, count * row_parts, num_stages=STAGES):
+            entry = tl.load(entries + i // row_parts).to(tl.int32)
+            tile = entry >> 1
+            first_row = tile * TILE_M + (i % row_parts) * BM
+            q = load_tile(queries, stride_qn, first_row, q_len, row, dims, D, DP)
+            grad = load_tile(grads, stride_gn, first_row, q_len, row, dims_v, DV, DVP)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            of_tile = vectors + (tl.cast(tile, tl.int64) * (ROW_VECTORS * TILE_M) + (i % row_parts) * BM)
+            c = tl.load(of_tile + row)
+            reference = tl.load(of_tile + (TILE_M + row))
+            inverse = c
+            offset = c
+            if EXACT:
+                inverse = tl.load(of_tile + (5 * TILE_M + row))
+                offset = tl.load(of_tile + (6 * TILE_M + row))
+            y = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
+            fix = (entry & 1) != 0
+            if HAS_SLOPES:
+                fix = fix | (slope != 0)
+            if fix:
+                if HAS_SLOPES:
+                    rows = first_row + row
+                    position = positions_of(QUERY_POSITIONS, position_base, rows, q_len, k_len, HAS_POSITIONS)
+                    row_slope = slope * tl.load(of_tile + (5 * TILE_M + row))
+                    y = y - row_slope[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
+                start = tl.load(of_tile + (3 * TILE_M + row)).to(tl.int32, bitcast=True)
+                end = tl.load(of_tile + (4 * TILE_M + row)).to(tl.int32, bitcast=True)
+                visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
+                y = tl.where(visible, y, float("-inf"))
+            p, u = weights(y, beta, KIND)
+            grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+            grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            delta = tl.load(of_tile + (2 * TILE_M + row))
+            if EXACT:
+                c *= inverse
+            grad_y = u * (grad_p * c[None, :] - delta[None, :])
+            grad_k = tl.dot(grad_y.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     base_k = GRAD_K + (tl.cast(b, tl.int64) * k_len * k_heads + k_head) * D
     store_tile(base_k, k_heads * (D // ALIGNMENT), first, k_len, cols, dims, grad_k / unit, D, DP)

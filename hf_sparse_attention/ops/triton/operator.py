@@ -17,14 +17,13 @@ from .decode import (
     decode_scores_kernel,
     decode_threshold_kernel,
 )
-from .descriptors import descriptor, descriptor_obstacle
 from .geometry import Geometry, aligned, list_dtype, row_stride, strides_of, tokens_first
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
 from .sweep import CHUNK, ROW_GROUP, key_norms_kernel, sweep_kernel
 from .threshold import ENTMAX, ENTMAX15, SOFTMAX, SPARSEMAX
-from .tiling import DECODE_SCORES, decode_launch, descriptor_tiling, padded, tiling
+from .tiling import DECODE_SCORES, decode_launch, padded, tiling
 
 LOG2_E = 1.4426950408889634
 # Every so many tiles are swept before the others, so that the bounds become good early.
@@ -279,44 +278,33 @@ def backward(
 
     unit = LOG2_E if alpha == 1.0 else alpha - 1.0
     beta = 1.0 if alpha == 1.0 else 1.0 / (alpha - 1.0)
-    kind = _kind(alpha)
-    key_launch, split, query_by_descriptor = tiles.key, False, False
-    by_descriptor = descriptor_obstacle(query, key, value, grad) is None
-    if by_descriptor:
-        heavy = kind == ENTMAX.value or slopes is not None
-        key_launch, split, query_by_descriptor = descriptor_tiling(geometry.dim, heavy)
-    # See add_tiles: slopes need one more than other 16-bit inputs, float32 two.
+    # See the kernel of dK and dV: slopes need one more than other 16-bit inputs, float32 two.
     row_vectors = 7 if geometry.exact else 6 if slopes is not None else 5
     vectors = rows.new_empty(heads, q_tiles, row_vectors, tiles.rows)
     common = {
         "D": geometry.dim, "DP": padded(geometry.dim), "DV": geometry.value_dim, "DVP": padded(geometry.value_dim),
-        "KIND": kind, "HAS_SLOPES": slopes is not None, "HAS_POSITIONS": query_positions is not None,
+        "KIND": _kind(alpha), "HAS_SLOPES": slopes is not None, "HAS_POSITIONS": query_positions is not None,
         "PRECISION": geometry.precision, "EXACT": geometry.exact, "ROW_VECTORS": row_vectors,
     }  # fmt: skip
     position_stride = 0 if query_positions is None else row_stride(query_positions)
     strides, sizes = strides_of(query, key, value, grad), geometry.sizes()
-
-    def source(tensor: Tensor, descriptors: bool, tile_rows: int) -> Any:
-        return descriptor(tensor, tile_rows) if descriptors else tensor
-
     query_gradient_kernel[(q_tiles * heads,)](
-        query, *(source(tensor, query_by_descriptor, tiles.query.columns) for tensor in (key, value)), grad, mean,
-        slopes, key_start, key_end, query_positions, *rows, lists, counts, vectors, grad_query, grad_scale, slope_rows,
+        query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows,
+        lists, counts, vectors, grad_query, grad_scale, slope_rows,
         *strides, row_stride(key_start), position_stride, *sizes, geometry.heads_at_once, scaling, unit, beta,
-        BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient, TMA=query_by_descriptor,
+        BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient,
         **common, **tiles.query.options(tiles.columns),
     )  # fmt: skip
     key_lists = lists.new_empty(heads, k_tiles, q_tiles)
-    key_counts = counts.new_empty(2 if split else 1, heads, k_tiles)
+    key_counts = counts.new_empty(heads, k_tiles)
     columns = 32
     transpose_list_kernel[(triton.cdiv(k_tiles, columns), heads)](
-        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns, SPLIT=split
+        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
     )
-    key_value_gradient_kernel[(triton.cdiv(k_len, key_launch.columns) * batch * k_heads,)](
-        source(query, by_descriptor, tiles.key_rows), key, value, source(grad, by_descriptor, tiles.key_rows),
-        slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
+    key_value_gradient_kernel[(triton.cdiv(k_len, tiles.key.columns) * batch * k_heads,)](
+        query, key, value, grad, slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
         *strides, position_stride, *sizes, unit, beta, TILE_M=tiles.rows, BM=tiles.key_rows,
-        TMA=by_descriptor, SPLIT=split, **common, **key_launch.options(tiles.columns),
+        **common, **tiles.key.options(tiles.columns),
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_scale, _sum_slopes(slope_rows, slopes, slope_gradient)
 

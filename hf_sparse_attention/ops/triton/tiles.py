@@ -71,20 +71,6 @@ def load_tile(base, stride, first, limit, rows, dims, D: tl.constexpr, PADDED: t
 
 
 @triton.jit
-def read_tile(
-    source, stride, b, h, first, limit, rows, dims, D: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr
-):
-    """As load_tile from a head's first element; where TMA, ``source`` is a tensor descriptor of all heads instead.
-
-    A descriptor's offsets are 64-bit, and it gives zeros past the last row; D is PADDED then. # [BM, PADDED]
-    """
-    if TMA:
-        return source.load([b, h, first, 0]).reshape([rows.shape[0], PADDED])
-    else:
-        return load_tile(source, stride, first, limit, rows, dims, D, PADDED)
-
-
-@triton.jit
 def store_tile(base, stride, first, limit, rows, dims, values, D: tl.constexpr, PADDED: tl.constexpr):
     """Write rows ``first + rows`` below ``limit`` and their first D columns."""
     stride = stride * ALIGNMENT

@@ -44,18 +44,6 @@ class Tiling(NamedTuple):
     key: Launch
 
 
-class DescriptorTiling(NamedTuple):
-    """How the backward reads tiles by tensor descriptors.
-
-    ``key`` launches dK and dV; ``split``: they treat the tiles that are seen in full in a loop of their own, without
-    masks; ``query``: dQ uses descriptors too.
-    """
-
-    key: Launch
-    split: bool
-    query: bool
-
-
 def padded(head_dim: int) -> int:
     """Power of two that holds a head dimension."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -80,19 +68,6 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3), Launch(128, 8, 3))
     score, other = Launch(64, 4, 2), Launch(64, 8, 1)
     return Tiling(64, 64, 32, score, score, Launch(64, 8, 2), other, other)
-
-
-def descriptor_tiling(head_dim: int, heavy: bool) -> DescriptorTiling:
-    """Parameters of the backward by tensor descriptors, for 16-bit inputs of head dimension 64 or 128.
-
-    ``heavy``: weights take logarithms, or scores distances. Then the code does not fit in the 168 registers with which
-    three programs of 128 threads share a multiprocessor.
-    """
-    if INTERPRETED:
-        return DescriptorTiling(Launch(16, 4, 1), True, True)
-    if head_dim <= 64:
-        return DescriptorTiling(Launch(64, 4, 4) if heavy else Launch(64, 4, 3, 168), True, False)
-    return DescriptorTiling(Launch(64, 4, 2), False, True)
 
 
 def decode_launch(head_dim: int, dtype: torch.dtype) -> Launch:
