@@ -13,7 +13,7 @@ from hf_sparse_attention.evaluation.synthetic import LadderOptions, measure
 
 FOLDER = Path(__file__).parents[2] / "model_cards" / "synthetic"
 # The length at which each is asked, as a multiple of that of its training.
-MULTIPLES = {"sort": 2}
+MULTIPLES = {"mqmtar": 4, "sort": 2}
 
 
 def test_every_model_is_asked():
