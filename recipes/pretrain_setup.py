@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_sparse_attention.arguments import ArgumentError, load_yaml
 from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, tokenize_documents, train_tokenizer
-from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat, make_training_rows
+from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat
+from hf_sparse_attention.evaluation.needle_training import make_training_rows
 from hf_sparse_attention.loading import check_finite, load_tokenizer, naming_broken_files
 
 # Fields of a config that do not change what the model computes.

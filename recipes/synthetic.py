@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic_model import build_model
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import describe_cell, synthetic_card
-from synthetic_training import NonFiniteLoss, Progress, Trainer, build_model, train
+from synthetic_training import NonFiniteLoss, Progress, Trainer, train
 from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging
 

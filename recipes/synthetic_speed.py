@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic_model import build_model
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
-from synthetic_training import Trainer, build_model
+from synthetic_training import Trainer
 from transformers import set_seed
 
 from hf_sparse_attention.arguments import ArgumentError, parse, parse_arguments

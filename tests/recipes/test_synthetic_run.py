@@ -13,17 +13,9 @@ import pytest
 import synthetic
 import torch
 from safetensors.torch import load_file
+from synthetic_model import build_model, fused_norms, last_hidden_states, scaled_queries, target_loss
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
-from synthetic_training import (
-    Progress,
-    Trainer,
-    build_model,
-    fused_norms,
-    last_hidden_states,
-    scaled_queries,
-    target_loss,
-    train,
-)
+from synthetic_training import Progress, Trainer, train
 from tiny_run import RECIPES, as_flags
 from transformers import AutoModelForCausalLM, set_seed
 

@@ -6,9 +6,9 @@ import json
 import pytest
 import synthetic_suite as suite
 import torch
+from synthetic_model import build_model
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import make_table, write_report
-from synthetic_training import build_model
 from tiny_run import RECIPES, ROOT, as_flags
 
 from hf_sparse_attention.arguments import ArgumentError, parse

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_sparse_attention.evaluation.needle_tasks import TASKS, Haystack, NeedleFormat, NeedleSource, make_training_rows
+from hf_sparse_attention.evaluation.needle_tasks import TASKS, Haystack, NeedleFormat, NeedleSource
+from hf_sparse_attention.evaluation.needle_training import make_training_rows
 from hf_sparse_attention.evaluation.needle_words import ADJECTIVES, NOUNS, draw_keys
 
 SHORT = NeedleFormat("short", number_digits=4, uuid_characters=8)
