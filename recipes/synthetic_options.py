@@ -164,7 +164,10 @@ class TrainOptions:
     cuda_graph: bool = field(default=True, metadata=_help("capture the step in a CUDA graph; no effect on the CPU"))
     compile: bool = field(
         default=False,
-        metadata=_help("torch.compile the last stage at its full length: half a minute, then steps in half the time"),
+        metadata=_help(
+            "torch.compile the last stage at its full length: half a minute, then steps in half the time; "
+            "no effect on the CPU"
+        ),
     )
     pad_multiple: int = field(
         default=16,

@@ -39,7 +39,7 @@ class SpeedOptions:
     presets: list[str] = field(default_factory=lambda: ["asentmax", "softmax"], metadata={"help": "Attention."})
     batch_sizes: list[int] = field(default_factory=lambda: [128, 512], metadata={"help": "Rows per step."})
     steps: int = field(default=50, metadata={"help": "Steps that are timed."})
-    compile: bool = field(default=False, metadata={"help": "Time compiled steps too."})
+    compile: bool = field(default=False, metadata={"help": "On a GPU: time compiled steps too."})
     evaluate_length: int = field(default=65536, metadata={"help": "Source of the evaluation; 0: none."})
     output: str = field(default="outputs/synthetic_speed/speed.json", metadata={"help": "Results file."})
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = [{"cuda_graph": False}]
     kinds += [{"cuda_graph": True}] if device.type == "cuda" else []
-    kinds += [{"cuda_graph": device.type == "cuda", "compile": True}] if options.compile else []
+    kinds += [{"cuda_graph": True, "compile": True}] if options.compile and device.type == "cuda" else []
     rows: list[dict[str, Any]] = []
     try:
         for config in options.configs:

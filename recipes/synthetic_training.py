@@ -56,7 +56,8 @@ class Trainer:
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=fused)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.compiled = torch.compile(target_loss, dynamic=False) if options.compile else None
+        compiled = options.compile and device.type == "cuda"
+        self.compiled = torch.compile(target_loss, dynamic=False) if compiled else None
         self.shortest, self.longest = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         # Of the queries of each row, see query_jitter; kept, because a compiled step refers to it.
         self.factor = torch.ones(options.batch_size, 1, 1, device=device)

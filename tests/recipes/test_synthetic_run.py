@@ -422,6 +422,14 @@ def test_lengths_below_the_task_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_nothing_is_compiled_on_a_cpu():
+    """The short configs ask for it, and a CPU may have no compiler."""
+    task_options, train_options, _ = options(compile=True)
+    trainer = Trainer(build_model(task_options), task_options.trained_task(), train_options, torch.device("cpu"))
+    assert train_options.compile
+    assert trainer.compiled is None
+
+
 def test_query_jitter_is_for_training_only():
     """Scores of each row times one number: a model whose queries are divided by it computes the same."""
     task_options, train_options, _ = options(query_jitter=0.4)
