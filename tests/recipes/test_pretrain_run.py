@@ -164,18 +164,24 @@ def test_non_finite_loss_stops(pretrain, tmp_path, capsys):
     assert not (output / "model.safetensors").exists()
 
 
-def test_non_finite_gradient_keeps_the_last_good_state(pretrain, tmp_path, capsys, monkeypatch):
+def spoil_gradient(monkeypatch, step, value):
+    """The gradient of the step-th pass from now on has ``value`` in it; returns what grows with each pass."""
     original = recipe.forward_backward
     calls = []
 
     def diverging(accelerator, model, *args):
         calls.append(1)
         loss = original(accelerator, model, *args)
-        if len(calls) == 8:
-            next(model.parameters()).grad[0, 0] = math.inf
+        if len(calls) == step:
+            next(model.parameters()).grad[0, 0] = value
         return loss
 
     monkeypatch.setattr(recipe, "forward_backward", diverging)
+    return calls
+
+
+def test_non_finite_gradient_keeps_the_last_good_state(pretrain, tmp_path, capsys, monkeypatch):
+    spoil_gradient(monkeypatch, 8, math.inf)
     with pytest.raises(SystemExit):
         pretrain(tmp_path / "run")
     assert re.search("step 8: loss [0-9.]+, gradient norm (inf|nan)", capsys.readouterr().err)
@@ -184,16 +190,7 @@ def test_non_finite_gradient_keeps_the_last_good_state(pretrain, tmp_path, capsy
 
 def test_non_finite_values_that_are_read_late_change_nothing(pretrain, trained, tmp_path, capsys, monkeypatch):
     original = recipe.forward_backward
-    calls = []
-
-    def diverging(accelerator, model, *args):
-        calls.append(1)
-        loss = original(accelerator, model, *args)
-        if len(calls) == 4:
-            next(model.parameters()).grad[0, 0] = math.nan
-        return loss
-
-    monkeypatch.setattr(recipe, "forward_backward", diverging)
+    calls = spoil_gradient(monkeypatch, 4, math.nan)
     with pytest.raises(SystemExit):
         pretrain(tmp_path / "run", logging_steps=8, save_steps=0)
     assert len(calls) == 8
