@@ -97,6 +97,34 @@ for empty in (Case(0, 5), Case(5, 0), Case(5, 5, batch=0)):
     )
 
 
+def test_offsets_of_64_bits_give_the_same_gradients():
+    interpret(
+        """
+from hf_sparse_attention.ops.triton import geometry
+for case in (Case(37, 37, 3, 1, scores='sharp', batch=2), Case(20, 50, 2, 1, 20, 12, slopes=True, ranges='holes')):
+    inputs = make_inputs(case)
+    near = run_kernels(case, inputs)
+    limit, geometry._NEAR = geometry._NEAR, 0
+    for first, second in zip(near, run_kernels(case, inputs)):
+        assert torch.equal(first, second)
+    geometry._NEAR = limit
+"""
+    )
+
+
+def test_heads_of_many_elements_are_addressed_by_64_bits():
+    """Meta tensors: what decides is the span of a head, not what it holds."""
+    interpret(
+        """
+from hf_sparse_attention.ops.triton.geometry import near
+heads = lambda rows, stride: torch.empty_strided((2, 3, rows, 64), (2**40, 64, stride, 1), device="meta")
+assert near((heads(2**20, 2**10), heads(1, 2**33)), 2**31 - 1)
+assert not near((heads(64, 64), heads(2**20 + 1, 2**11)), 1)
+assert not near((heads(64, 64),), 2**31)
+"""
+    )
+
+
 def test_nan_in_a_query_is_not_hidden():
     interpret(
         """

@@ -154,6 +154,23 @@ def test_offsets_beyond_32_bits():
         torch.testing.assert_close(decoded[:, 8:], triton_attention(*last, 1.5, 0.1, *ranges))
 
 
+def test_one_head_that_spans_more_than_32_bits():
+    """Rows so far apart that the last of one head starts more than 2^31 elements after its first."""
+    case = Case(1100, 1100, 1, 1, 64, dtype=BF16, scores="sharp")
+    near = make_inputs(case, "cuda")
+    memory = torch.empty(1100, 2**21, device="cuda", dtype=BF16)
+
+    def apart(tensor, column):
+        wide = memory[None, None, :, column : column + 64]
+        wide.copy_(tensor.detach())
+        return wide
+
+    tensors = [apart(tensor, 64 * column).requires_grad_() for column, tensor in enumerate(near.differentiable())]
+    far = Inputs(*tensors, None, None, near.key_start, near.key_end, None, apart(near.grad, 192))
+    for first, second in zip(run_kernels(case, near), run_kernels(case, far)):
+        assert torch.equal(first, second)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_length():
     extra = []
     for length in (8192, 16384):

@@ -16,6 +16,7 @@ from .tiles import (
     ALIGNMENT,
     distance,
     head_base,
+    load_rows,
     load_tile,
     margin,
     mask_invisible,
@@ -86,16 +87,16 @@ def query_gradient_kernel(
     reference = tl.load(ROW_REFERENCE + slot)
     offset = tl.load(ROW_OFFSET + slot)
     inverse = tl.load(INVERSE + slot)
-    vectors = VECTORS + tile_index * (ROW_VECTORS * BM) + row
-    tl.store(vectors, c)
-    tl.store(vectors + BM, reference)
-    tl.store(vectors + 2 * BM, delta * (c * inverse if EXACT else c))
-    tl.store(vectors + 3 * BM, start.to(tl.float32, bitcast=True))
-    tl.store(vectors + 4 * BM, end.to(tl.float32, bitcast=True))
-    if ROW_VECTORS > 5:
-        tl.store(vectors + 5 * BM, inverse)
+    vectors = VECTORS + tile_index * (ROW_VECTORS * BM)
+    scaled_delta = delta * (c * inverse if EXACT else c)
+    quads = tl.reshape(tl.join(tl.join(c, c), tl.join(reference, scaled_delta)), [BM, 4])
+    tl.store(vectors + (4 * row[:, None] + tl.arange(0, 4)[None, :]), quads)
+    ends = tl.join(start, end).to(tl.float32, bitcast=True)
+    tl.store(vectors + (4 * BM + 2 * row[:, None] + tl.arange(0, 2)[None, :]), ends)
     if ROW_VECTORS > 6:
-        tl.store(vectors + 6 * BM, offset)
+        tl.store(vectors + (6 * BM + row), inverse)
+    if ROW_VECTORS > 7:
+        tl.store(vectors + (7 * BM + row), offset)
     slope = 0.0
     if HAS_SLOPES:
         slope = tl.load(SLOPES + h).to(tl.float32) * unit
@@ -178,14 +179,15 @@ def key_value_gradient_kernel(
     KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     TILE_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, ROW_VECTORS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BN keys, summed over the query heads of its group in a fixed order.
 
     Grid: (ceil(k_len / BN) * batch * key_heads,). A listed tile has TILE_M queries, read BM at a time, and PARTS * BN
-    keys. VECTORS hold for each tile and row: scale, reference, delta times the scale of dz, start and end of the
-    visible keys (int32 as bits), normaliser (with slopes or EXACT), offset (EXACT). They are read where they are used:
-    held from a tile's start each would take 16 registers.
+    keys. VECTORS hold for each tile: (scale, reference, scale, delta times the scale of dz) of each row, (start, end)
+    of its visible keys (int32 as bits), then normalisers (with slopes or EXACT) and offsets (EXACT). They are read in
+    pairs where they are used, the scale twice: held through an iteration each would take 16 registers. NEAR: a head
+    of Q or GRAD spans less than 2^31 elements, and so do its VECTORS.
     """
     k_heads = q_heads // group
     pid = tl.program_id(0)
@@ -200,6 +202,7 @@ def key_value_gradient_kernel(
     first = key_block * BN
     keys = first + cols
     row = tl.arange(0, BM)
+    pair = 4 * row[:, None] + tl.arange(0, 2)[None, :]
     row_parts: tl.constexpr = TILE_M // BM
     k = load_tile(head_base(K, stride_kb, stride_kh, b, k_head), stride_kn, first, k_len, cols, dims, D, DP)
     v = load_tile(head_base(V, stride_vb, stride_vh, b, k_head), stride_vn, first, k_len, cols, dims_v, DV, DVP)
@@ -221,36 +224,43 @@ def key_value_gradient_kernel(
         for i in tl.range(0, count * row_parts, num_stages=STAGES):
             entry = tl.load(entries + i // row_parts).to(tl.int32)
             tile = entry >> 1
-            first_row = tile * TILE_M + (i % row_parts) * BM
-            q = load_tile(queries, stride_qn, first_row, q_len, row, dims, D, DP)
-            grad = load_tile(grads, stride_gn, first_row, q_len, row, dims_v, DV, DVP)
+            part = i & (row_parts - 1)
+            first_row = tile * TILE_M + part * BM
+            # A row past the last has a threshold that no score exceeds.
+            q = load_rows(queries, stride_qn, first_row + row, q_len, dims, D, DP, NEAR)
+            grad = load_rows(grads, stride_gn, first_row + row, q_len, dims_v, DV, DVP, NEAR)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            of_tile = vectors + (tl.cast(tile, tl.int64) * (ROW_VECTORS * TILE_M) + (i % row_parts) * BM)
-            c = tl.load(of_tile + row)
-            reference = tl.load(of_tile + (TILE_M + row))
+            of_rows = vectors + ((tile if NEAR else tile.to(tl.int64)) * (ROW_VECTORS * TILE_M) + part * (4 * BM))
+            c, reference = tl.split(tl.load(of_rows + pair))
             inverse = c
             offset = c
             if EXACT:
-                inverse = tl.load(of_tile + (5 * TILE_M + row))
-                offset = tl.load(of_tile + (6 * TILE_M + row))
+                of_others = of_rows + (6 * TILE_M - part * (3 * BM) + row)
+                inverse = tl.load(of_others)
+                offset = tl.load(of_others + TILE_M)
             y = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
             fix = (entry & 1) != 0
             if HAS_SLOPES:
                 fix = fix | (slope != 0)
             if fix:
+                # From the entry and i again: what the loads above compute would stay in registers for their stages.
+                again = (entry & -2).to(tl.int64) * (ROW_VECTORS * TILE_M // 2)
+                in_tile = (i % row_parts) * BM
                 if HAS_SLOPES:
                     rows = first_row + row
                     position = positions_of(QUERY_POSITIONS, position_base, rows, q_len, k_len, HAS_POSITIONS)
-                    row_slope = slope * tl.load(of_tile + (5 * TILE_M + row))
+                    row_slope = slope * tl.load(vectors + (again + 6 * TILE_M + in_tile) + row)
                     y = y - row_slope[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
-                start = tl.load(of_tile + (3 * TILE_M + row)).to(tl.int32, bitcast=True)
-                end = tl.load(of_tile + (4 * TILE_M + row)).to(tl.int32, bitcast=True)
+                of_ends = vectors + (4 * TILE_M + (again + 2 * in_tile))
+                ends = tl.load(of_ends.to(tl.pointer_type(tl.int64)) + row)
+                start = ends.to(tl.int32)
+                end = (ends >> 32).to(tl.int32)
                 visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
                 y = tl.where(visible, y, float("-inf"))
             p, u = weights(y, beta, KIND)
             grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
             grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-            delta = tl.load(of_tile + (2 * TILE_M + row))
+            c, delta = tl.split(tl.load(of_rows + (2 + pair)))
             if EXACT:
                 c *= inverse
             grad_y = u * (grad_p * c[None, :] - delta[None, :])

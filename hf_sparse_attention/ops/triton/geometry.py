@@ -11,6 +11,8 @@ from .tiling import Tiling
 
 # Keys and values of the heads in flight should fit in the L2 cache beside everything else.
 _L2_BYTES = 24 * 2**20
+# Heads that span fewer elements than this are addressed by 32-bit offsets from their first.
+_NEAR = 2**31
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -27,6 +29,12 @@ def aligned(tensor: Tensor) -> Tensor:
 def tokens_first(like: Tensor, length: int, heads: int, dim: int) -> Tensor:
     """Uninitialised (B, heads, length, dim) stored as (B, length, heads, dim), the layout of a projection."""
     return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
+
+
+def near(tensors: tuple[Tensor, ...], numbers_per_head: int) -> bool:
+    """Whether every head of the tensors (B, H, N, D), and as many numbers, can be addressed by 32-bit offsets."""
+    extents = [(tensor.shape[2] - 1) * tensor.stride(2) + tensor.shape[3] for tensor in tensors]
+    return max(numbers_per_head, *extents) < _NEAR
 
 
 def list_dtype(q_tiles: int, k_tiles: int) -> torch.dtype:

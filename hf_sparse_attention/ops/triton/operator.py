@@ -17,7 +17,7 @@ from .decode import (
     decode_scores_kernel,
     decode_threshold_kernel,
 )
-from .geometry import Geometry, aligned, list_dtype, row_stride, strides_of, tokens_first
+from .geometry import Geometry, aligned, list_dtype, near, row_stride, strides_of, tokens_first
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
@@ -279,7 +279,7 @@ def backward(
     unit = LOG2_E if alpha == 1.0 else alpha - 1.0
     beta = 1.0 if alpha == 1.0 else 1.0 / (alpha - 1.0)
     # See the kernel of dK and dV: slopes need one more than other 16-bit inputs, float32 two.
-    row_vectors = 7 if geometry.exact else 6 if slopes is not None else 5
+    row_vectors = 8 if geometry.exact else 7 if slopes is not None else 6
     vectors = rows.new_empty(heads, q_tiles, row_vectors, tiles.rows)
     common = {
         "D": geometry.dim, "DP": padded(geometry.dim), "DV": geometry.value_dim, "DVP": padded(geometry.value_dim),
@@ -304,6 +304,7 @@ def backward(
     key_value_gradient_kernel[(triton.cdiv(k_len, tiles.key.columns) * batch * k_heads,)](
         query, key, value, grad, slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
         *strides, position_stride, *sizes, unit, beta, TILE_M=tiles.rows, BM=tiles.key_rows,
+        NEAR=near((query, grad), q_tiles * tiles.rows * row_vectors),
         **common, **tiles.key.options(tiles.columns),
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_scale, _sum_slopes(slope_rows, slopes, slope_gradient)

@@ -71,6 +71,22 @@ def load_tile(base, stride, first, limit, rows, dims, D: tl.constexpr, PADDED: t
 
 
 @triton.jit
+def load_rows(base, stride, rows, limit, dims, D: tl.constexpr, PADDED: tl.constexpr, NEAR: tl.constexpr):
+    """The given rows of a matrix with D columns, row ``limit - 1`` in place of those after it. # [BM, PADDED]
+
+    For rows that change in a loop, where 64-bit offsets would take registers. NEAR: the matrix spans less than 2^31
+    elements, so that offsets from its first element, which is addressed by 64 bits, fit in 32.
+    """
+    rows = tl.minimum(rows, limit - 1)
+    if not NEAR:
+        rows = rows.to(tl.int64)
+    pointers = base + dims[None, :] + (rows * (stride * ALIGNMENT))[:, None]
+    if D != PADDED:
+        return tl.load(pointers, mask=dims[None, :] < D, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
 def store_tile(base, stride, first, limit, rows, dims, values, D: tl.constexpr, PADDED: tl.constexpr):
     """Write rows ``first + rows`` below ``limit`` and their first D columns."""
     stride = stride * ALIGNMENT

@@ -62,7 +62,7 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
         return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
     if size <= 64:
         sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(128, 8, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 4, 128), Launch(64, 4, 4))
+        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 4, 128), Launch(64, 4, 3, 168))
     if size <= 128:
         sweep, solve, output = Launch(128, 8, 2, 128), Launch(128, 8, 2), Launch(64, 8, 3)
         return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3), Launch(128, 8, 3))
