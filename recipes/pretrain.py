@@ -38,6 +38,7 @@ from pretrain_setup import (
     validation_rows,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -343,20 +344,32 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def forward_backward(
-    accelerator: Accelerator, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], labels: int
+    accelerator: Accelerator, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], labels: float
 ) -> torch.Tensor:
-    """Gradients of the mean loss over all labels of the step; returns that mean, on the device."""
+    """Gradients of the mean loss over the labels of the step, weighted if they are; returns it, on the device."""
     total = torch.zeros((), device=accelerator.device)
     # A tensor: compiled code would be compiled anew for another number.
-    count = torch.tensor(float(labels)).to(accelerator.device, non_blocking=True)
+    count = torch.tensor(labels).to(accelerator.device, non_blocking=True)
     for number, batch in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
             batch = to_device(batch, accelerator.device)
-            loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
+            if "label_weights" in batch:
+                loss = weighted_loss(model, **batch) / count
+            else:
+                loss = model(**batch, use_cache=False, num_items_in_batch=count).loss
             # Gradients are averaged over processes, the loss is a sum over them.
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
     return accelerator.reduce(total, "sum")
+
+
+def weighted_loss(
+    model: torch.nn.Module, *, labels: torch.Tensor, label_weights: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """Sum of weight times loss over the labels; the losses of transformers have no argument for weights."""
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    losses = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return losses @ label_weights[:, 1:].flatten()
 
 
 @torch.no_grad()

@@ -92,6 +92,10 @@ class DataOptions:
         default=1,
         metadata=_help("needles of a retrieval row that are asked for at its end, if half of the row holds them"),
     )
+    retrieval_weight: float = field(
+        default=1.0,
+        metadata=_help("how much an answer of a retrieval row counts in the loss, as a multiple of a token of text"),
+    )
     retrieval_format: dict | str | None = field(
         default=None, metadata=_help("wording, number_digits, uuid_characters of the needles", metavar="JSON")
     )
@@ -103,6 +107,7 @@ class DataOptions:
         for name, least in (("length", 2), ("shuffle_tokens", 1), ("validation_rows", 1), ("retrieval_questions", 1)):
             _check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _check(0 <= self.retrieval_fraction < 1, "retrieval_fraction", self.retrieval_fraction, "0 to below 1")
+        _check(0 < self.retrieval_weight < math.inf, "retrieval_weight", self.retrieval_weight, "above 0")
 
 
 @dataclass

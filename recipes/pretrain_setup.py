@@ -172,7 +172,7 @@ def training_rows(
         next(extra(0))
     except ValueError as error:
         raise ArgumentError(f"retrieval rows: {error}") from error
-    return MixedRows(rows, extra, options.retrieval_fraction)
+    return MixedRows(rows, extra, options.retrieval_fraction, options.retrieval_weight)
 
 
 def validation_rows(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> list[dict[str, torch.Tensor]]:

@@ -182,14 +182,22 @@ class MixedRows:
         extra: ``extra(start)`` iterates over ``{"input_ids", "labels"}`` lists of ``rows.length`` tokens from number
             ``start`` on.
         fraction: share of extra rows, in [0, 1).
+        weight: how much a label of an extra row counts in the loss. Unless it is 1, every row has ``label_weights``.
     """
 
-    def __init__(self, rows: PackedRows, extra: Callable[[int], Iterator[dict[str, list[int]]]], fraction: float):
+    def __init__(
+        self,
+        rows: PackedRows,
+        extra: Callable[[int], Iterator[dict[str, list[int]]]],
+        fraction: float,
+        weight: float = 1.0,
+    ):
         if not 0 <= fraction < 1:
             raise ValueError(f"fraction is {fraction}; allowed: at least 0 and below 1")
         self.rows = rows
         self.extra = extra
         self.fraction = fraction
+        self.weight = weight
         self._drawn = 0
         self._extra_drawn = 0
 
@@ -222,12 +230,15 @@ class MixedRows:
                 self._extra_drawn += 1
                 row = {name: torch.tensor(values) for name, values in next(extra).items()}
                 positions = {} if self.rows.cross_documents else {"position_ids": torch.arange(self.rows.length)}
-                yield {**row, **positions}
+                yield {**row, **positions, **self._weights(self.weight)}
             else:
                 try:
-                    yield next(packed)
+                    yield {**next(packed), **self._weights(1.0)}
                 except StopIteration:
                     return
+
+    def _weights(self, weight: float) -> Row:
+        return {} if self.weight == 1 else {"label_weights": torch.full((self.rows.length,), weight)}
 
 
 def collate_rows(rows: Sequence[Row]) -> Row:

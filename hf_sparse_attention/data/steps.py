@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .packing import IGNORED_LABEL, MixedRows, PackedRows, Row, collate_rows
 
 _STEPS_AHEAD = 3
@@ -22,12 +20,13 @@ class StepRows:
 
     Attributes:
         batches: tensors (rows, length) on the CPU, of at most ``device_batch_size`` rows each.
-        labels: how many labels all rows of the step have, over all processes.
+        labels: how many labels all rows of the step have, over all processes; the sum of their weights where rows have
+            ``label_weights``.
         position: of the data after this step; continuing from it gives the next one.
     """
 
     batches: list[Row]
-    labels: int
+    labels: float
     position: dict[str, Any]
 
 
@@ -79,7 +78,13 @@ def split_batches(rows: Sequence[Row], size: int) -> Iterator[Row]:
         yield collate_rows(rows[start : start + size])
 
 
-def count_labels(rows: Sequence[Row]) -> int:
-    """Labels that the rows are trained on, at least 1; the first token of a row is predicted by nothing."""
-    labels = torch.stack([row["labels"] for row in rows])[:, 1:]
-    return max(1, int((labels != IGNORED_LABEL).sum()))
+def count_labels(rows: Sequence[Row]) -> float:
+    """Labels that the rows are trained on, or the sum of their ``label_weights``; at least 1.
+
+    The first token of a row is predicted by nothing.
+    """
+    batch = collate_rows(rows)
+    counted = (batch["labels"] != IGNORED_LABEL)[:, 1:]
+    if "label_weights" in batch:
+        counted = counted * batch["label_weights"][:, 1:].double()
+    return max(1.0, float(counted.sum()))

@@ -291,6 +291,7 @@ def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
         "retrieval_fraction": 0.4,
         "retrieval_format": {"wording": "short", "number_digits": 2},
         "retrieval_tasks": ["s_niah_1", "s_niah_2"],
+        "retrieval_weight": 2.5,
         "logging_steps": 4,
         "save_steps": 5,
     }
