@@ -58,6 +58,7 @@ class SparseAttentionConfig:
         "model",
     )
     alibi_heads: int | None = _option("how many heads, from the first, have ALiBi under nape; default: half", None)
+    alibi_layers: int = _option("how many layers, from the first, have ALiBi on all heads under nape", 0)
     alibi_slopes: str = _option("linear: 1, 1/2, 1/3, ...; geometric: 2^(-8 i / heads)", "linear")
     scale_alibi_heads: bool | None = _option(
         "apply the length scale to ALiBi heads too; default: false under nape, true under alibi", None
@@ -95,8 +96,12 @@ class SparseAttentionConfig:
             raise _error("top_k", self.top_k, "an integer of at least 1 for the preset topk")
         if self.preset != "topk" and self.top_k is not None:
             raise _error("top_k", self.top_k, "null for every preset but topk")
+        if isinstance(self.alibi_layers, bool) or not isinstance(self.alibi_layers, int) or self.alibi_layers < 0:
+            raise _error("alibi_layers", self.alibi_layers, "an integer of at least 0")
         if self.alibi_heads is not None and self.position_encoding != "nape":
             raise _error("alibi_heads", self.alibi_heads, "null unless position_encoding is nape")
+        if self.alibi_layers and self.position_encoding != "nape":
+            raise _error("alibi_layers", self.alibi_layers, "0 unless position_encoding is nape")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | SparseAttentionConfig | None = None, **overrides: Any):
@@ -128,9 +133,9 @@ class SparseAttentionConfig:
     def removes_rope(self) -> bool:
         return self.position_encoding != "model"
 
-    def num_alibi_heads(self, num_heads: int) -> int:
-        """How many of ``num_heads`` query heads have an ALiBi slope."""
-        if self.position_encoding == "alibi":
+    def num_alibi_heads(self, num_heads: int, layer: int | None = None) -> int:
+        """How many of ``num_heads`` query heads have an ALiBi slope in a layer; None: one beyond ``alibi_layers``."""
+        if self.position_encoding == "alibi" or (layer is not None and layer < self.alibi_layers):
             return num_heads
         if self.position_encoding != "nape":
             return 0

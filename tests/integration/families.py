@@ -65,12 +65,14 @@ def tiny_config(family: str = "llama", **kwargs: Any) -> PreTrainedConfig:
 
 
 def tiny_model(
-    family: str = "llama", preset: str = "asentmax", position: str = "model", **kwargs: Any
+    family: str = "llama", preset: str = "asentmax", position: str | dict[str, Any] = "model", **kwargs: Any
 ) -> PreTrainedModel:
-    """A tiny model in evaluation mode whose length scale differs between heads, layers and tokens."""
-    config = tiny_config(
-        family, attn_implementation=preset, sparse_attention={"position_encoding": position}, **kwargs
-    )
+    """A tiny model in evaluation mode whose length scale differs between heads, layers and tokens.
+
+    ``position``: the position encoding, or fields of ``sparse_attention``.
+    """
+    fields = {"position_encoding": position} if isinstance(position, str) else position
+    config = tiny_config(family, attn_implementation=preset, sparse_attention=fields, **kwargs)
     model = AutoModelForCausalLM.from_config(config)
     randomize_scale(model)
     return model.eval()

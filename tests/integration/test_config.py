@@ -36,6 +36,11 @@ def test_presets_are_defaults(preset):
         ({"top_k": 4}, r"top_k is 4; allowed: null for every preset but topk"),
         ({"preset": "topk", "top_k": 0}, r"top_k is 0; allowed: an integer of at least 1"),
         ({"alibi_heads": 2}, r"alibi_heads is 2; allowed: null unless position_encoding is nape"),
+        ({"alibi_layers": 1}, r"alibi_layers is 1; allowed: 0 unless position_encoding is nape"),
+        (
+            {"alibi_layers": True, "position_encoding": "nape"},
+            r"alibi_layers is True; allowed: an integer of at least 0",
+        ),
         ({"alibi_slopes": "steep"}, r"alibi_slopes is 'steep'"),
         ({"backend": "cuda"}, r"backend is 'cuda'"),
     ],

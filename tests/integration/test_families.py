@@ -32,6 +32,24 @@ def test_save_and_load(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_first_layers_with_alibi_on_all_heads(family):
+    (row,) = prompts(12)
+
+    def logits(**fields):
+        torch.manual_seed(0)
+        model = tiny_model(family, position=fields)
+        return alone(model, row)
+
+    everywhere = logits(position_encoding="alibi", scale_alibi_heads=False)
+    nape = {"position_encoding": "nape"}
+    assert torch.equal(logits(**nape, alibi_layers=2), everywhere)
+    assert torch.equal(logits(**nape, alibi_layers=0), logits(**nape))
+    first = logits(**nape, alibi_layers=1)
+    assert not torch.allclose(first, everywhere)
+    assert not torch.allclose(first, logits(**nape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_output_attentions(family):
     model = tiny_model(family)
     (row,) = prompts(8)

@@ -196,6 +196,7 @@ LIKELY_SETTINGS = st.fixed_dictionaries(
         "beta_bias_init": st.floats(-100, 100),
         "position_encoding": st.sampled_from(POSITION_ENCODINGS),
         "alibi_heads": st.none() | st.integers(1, 9),
+        "alibi_layers": st.integers(0, 3),
         "alibi_slopes": st.sampled_from(ALIBI_SLOPES),
         "scale_alibi_heads": st.none() | st.booleans(),
         "backend": st.sampled_from(("auto", "chunked", "reference")),
