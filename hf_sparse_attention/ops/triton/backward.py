@@ -112,9 +112,7 @@ def query_gradient_kernel(
         fix = (entry & 1) != 0
         if HAS_SLOPES:
             fix = fix | (slope != 0)
-        # Both at once: a load further down waits for its copy, and for the other warps, by itself.
         k = load_tile(K, stride_kn, first, k_len, cols, dims, D, DP)
-        v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         y = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
         keys = first + cols
@@ -125,6 +123,7 @@ def query_gradient_kernel(
             if HAS_SLOPES:
                 y = y - row_slope[:, None] * far
             y = mask_invisible(y, keys, start, end)
+        v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, u = weights(y, beta, KIND)
         grad_y = u * (grad_p - delta[:, None])
