@@ -13,7 +13,7 @@ from hf_sparse_attention.evaluation.synthetic import LadderOptions, measure
 
 FOLDER = Path(__file__).parents[2] / "model_cards" / "synthetic"
 # The length at which each is asked, as a multiple of that of its training.
-MULTIPLES = {"mqmtar": 4, "sort": 2}
+MULTIPLES = {"copy": 16, "mqmtar": 4, "sort": 2}
 
 
 def test_every_model_is_asked():
@@ -30,9 +30,9 @@ def test_a_kept_model_solves_ten_samples(name):
     assert task == make_task(settings["task"], **evaluation["task"])
     model = AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype="float32").eval()
     length = MULTIPLES[name] * results["train_lengths"][1]
-    cell = measure(model, task, length, LadderOptions(samples=10, seed=2, generate=2))
-    assert cell.exact_match == 1
-    assert cell.generated_agree == cell.generated == 2
+    assert measure(model, task, length, LadderOptions(samples=10, seed=2, generate=0)).exact_match == 1
+    short = measure(model, task, results["train_lengths"][1], LadderOptions(samples=2, seed=2, generate=2))
+    assert short.generated_exact == short.generated_agree == short.generated == 2
 
 
 @pytest.mark.parametrize("name", MULTIPLES)
