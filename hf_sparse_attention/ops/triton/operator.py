@@ -17,7 +17,7 @@ from .decode import (
     decode_scores_kernel,
     decode_threshold_kernel,
 )
-from .geometry import Geometry, aligned, list_dtype, near, row_stride, strides_of, tokens_first
+from .geometry import Geometry, aligned, ceil_div, list_dtype, near, row_stride, strides_of, tokens_first
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
@@ -141,7 +141,7 @@ def _no_state(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _key_norms(key: Tensor, columns: int) -> Tensor:
     batch, heads, length, dim = key.shape
-    tiles = triton.cdiv(length, columns)
+    tiles = ceil_div(length, columns)
     norms = key.new_empty(batch * heads, tiles, dtype=torch.float32)
     key_norms_kernel[(tiles, batch * heads)](
         key, norms, *strides_of(key), heads, length, tiles, D=dim, PADDED=padded(dim), BN=columns
@@ -190,9 +190,9 @@ def decode(
     geometry = Geometry(query, key, value, tiling(max(dim, value_dim), query.dtype))
     launch = decode_launch(max(dim, value_dim), query.dtype)
     out = tokens_first(query, q_len, q_heads, value_dim)
-    blocks = triton.cdiv(k_len, launch.columns)
+    blocks = ceil_div(k_len, launch.columns)
     per_split = max(1, blocks * batch * k_heads // _DECODE_PROGRAMS)
-    splits = triton.cdiv(blocks, per_split)
+    splits = ceil_div(blocks, per_split)
     if out.numel() == 0 or k_len == 0:
         return out.zero_()
 
@@ -298,10 +298,10 @@ def backward(
     key_lists = lists.new_empty(heads, k_tiles, q_tiles)
     key_counts = counts.new_empty(heads, k_tiles)
     columns = 32
-    transpose_list_kernel[(triton.cdiv(k_tiles, columns), heads)](
+    transpose_list_kernel[(ceil_div(k_tiles, columns), heads)](
         flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
     )
-    key_value_gradient_kernel[(triton.cdiv(k_len, tiles.key.columns) * batch * k_heads,)](
+    key_value_gradient_kernel[(ceil_div(k_len, tiles.key.columns) * batch * k_heads,)](
         query, key, value, grad, slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
         *strides, position_stride, *sizes, unit, beta, TILE_M=tiles.rows, BM=tiles.key_rows,
         NEAR=near((query, grad), q_tiles * tiles.rows * row_vectors),

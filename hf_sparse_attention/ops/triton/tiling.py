@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -51,7 +52,11 @@ def padded(head_dim: int) -> int:
 
 def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
     """Parameters for the larger of the query's and the value's head dimension."""
-    size = padded(head_dim)
+    return _tiling(int(padded(head_dim)), dtype)
+
+
+@functools.cache
+def _tiling(size: int, dtype: torch.dtype) -> Tiling:
     if INTERPRETED:
         return Tiling(32, 32, 16, Launch(32, 4, 1), *[Launch(16, 4, 1)] * 4)
     if dtype == torch.float32:
