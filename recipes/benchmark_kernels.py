@@ -5,7 +5,8 @@
 Medians of CUDA events. Inputs of a given share of empty tiles are made of clusters: every 256 keys share a direction,
 and every 256 queries look for the direction of keys they see; the share that results is measured and reported.
 AdaSplash is measured where its package is installed and --adasplash_lengths names the length: it tunes for minutes at
-each new shape. Writes benchmark_kernels.json, .md and .png into output_dir.
+each new shape. Writes benchmark_kernels.json (after every row), .md and .png into output_dir. With --max_seconds no
+measurement is begun after that time; what is left out is recorded.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import functools
 import itertools
 import math
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="benchmark_kernels_")
 
 import torch
+from kernel_results import Case, LeftOut, Results
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention
@@ -34,16 +37,18 @@ from torch.profiler import profile as trace
 from triton.testing import do_bench, do_bench_cudagraph
 
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.evaluation.plots import figure_grid, save_figure
-from hf_sparse_attention.evaluation.report import format_table, run_record, write_json
+from hf_sparse_attention.evaluation.report import run_record
 from hf_sparse_attention.ops import sparse_attention
 from hf_sparse_attention.ops.triton.operator import forward_op
 from hf_sparse_attention.ops.triton.tiling import tiling
 
 SEGMENT = 256
 DTYPE = torch.bfloat16
+OURS = "ours (entmax 1.5)"
 # Calls over which a profile is averaged.
 PROFILED = 6
+# Above this share of the measured time, the time is that of Python launching kernels.
+HOST_BOUND = 0.8
 
 
 @dataclass
@@ -64,6 +69,10 @@ class KernelBenchmarkArguments:
         default_factory=lambda: ["first_call", "training", "nape", "memory", "decode", "profile"],
         metadata={"help": "What to measure: first_call, training, nape, memory, decode, profile."},
     )
+    skip_host_bound: bool = field(
+        default=False, metadata={"help": "Leave out of training what Python takes as long to launch as to run."}
+    )
+    max_seconds: float | None = field(default=None, metadata={"help": "Begin no measurement after so many seconds."})
     seed: int = field(default=0, metadata={"help": "Seed of the inputs."})
     output_dir: str = field(default="outputs/benchmark_kernels", metadata={"help": "Folder for what is written."})
 
@@ -71,6 +80,8 @@ class KernelBenchmarkArguments:
         for name in self.sections:
             if name not in SECTIONS:
                 raise ValueError(f"sections: {name!r} is not known; allowed: {', '.join(SECTIONS)}.")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds is {self.max_seconds}; allowed: a number above 0.")
         if not torch.cuda.is_available():
             raise ValueError("benchmark_kernels.py needs a CUDA device; benchmark_attention.py runs on the CPU.")
 
@@ -138,7 +149,7 @@ def adasplash(version: int) -> Callable[..., Tensor]:
 
 def contestants(args: KernelBenchmarkArguments, length: int) -> dict[str, Callable[..., Tensor]]:
     found = {
-        "ours (entmax 1.5)": ours,
+        OURS: ours,
         "SDPA cuDNN (softmax)": sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA FlashAttention-2 (softmax)": sdpa(SDPBackend.FLASH_ATTENTION),
     }
@@ -164,8 +175,20 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return do_bench(run, warmup=10, rep=60, return_mode="median")
 
 
+def host_milliseconds(run: Callable[[], Any]) -> float:
+    """Median time until Python has launched everything."""
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e3
+
+
 def measure(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Milliseconds of forward and backward, and MiB beyond inputs, output and gradients at the peak."""
+    """Milliseconds of forward, backward and of launching both; MiB beyond inputs, output and gradients at the peak."""
     tensors = [tensor.detach().requires_grad_() for tensor in inputs]
     output = attend(*tensors)
     grad = torch.randn_like(output)
@@ -185,7 +208,9 @@ def measure(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> dict[s
         "backward_ms": milliseconds(lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)),
         "extra_mib": extra / 2**20,
     }
-    return {**result, "sum_ms": result["forward_ms"] + result["backward_ms"]}
+    result["sum_ms"] = result["forward_ms"] + result["backward_ms"]
+    result["host_ms"] = host_milliseconds(lambda: torch.autograd.grad(attend(*tensors), tensors, grad))
+    return result
 
 
 def empty_share(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None = None) -> float:
@@ -204,95 +229,125 @@ def share_of_counts(counts: Tensor, heads: int, length: int, dim: int) -> float:
     return 1 - counts.sum().item() / (heads * last.div(tiles.columns).ceil().sum().item())
 
 
-def first_call(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+def first_call(args: KernelBenchmarkArguments) -> Iterator[Case]:
     """Seconds of the first forward and backward of the process, then of the first ones at new lengths."""
-    rows = []
-    for length in (16384, 12345, 16421, 8192):
+
+    def row(length: int) -> dict[str, Any]:
         inputs = [tensor.requires_grad_() for tensor in make_inputs(1, 16, 16, length, 64, 90)]
         torch.cuda.synchronize()
 
-        def call(inputs: list[Tensor] = inputs) -> float:
+        def call() -> float:
             start = time.perf_counter()
             output = ours(*inputs)
             torch.autograd.grad(output, inputs, output)
             torch.cuda.synchronize()
             return time.perf_counter() - start
 
-        rows.append({"length": length, "first_s": call(), "second_s": call(), "third_s": call()})
-    return rows
+        return {"length": length, "first_s": call(), "second_s": call(), "third_s": call()}
+
+    for length in (16384, 12345, 16421, 8192):
+        yield Case(f"{length} tokens", functools.partial(row, length))
 
 
-def training(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
-    rows = []
+def training(args: KernelBenchmarkArguments) -> Iterator[Case]:
     for length in args.lengths:
-        known = contestants(args, length)
         batch = max(1, args.tokens // length)
         heads = max(1, min(args.heads, args.heads * args.tokens // (batch * length)))
-        shapes = [(dim, heads, empty) for dim in args.head_dims for empty in args.empty]
+        shapes = [(heads, dim, empty) for dim in args.head_dims for empty in args.empty]
         if length == args.tokens and heads % 4 == 0:
-            shapes.append((128, heads // 4, 90))
-        for dim, key_heads, empty in shapes:
-            inputs = make_inputs(batch, heads, key_heads, length, dim, empty)
+            shapes.append((heads // 4, 128, 90))
+        known = contestants(args, length)
+        for key_heads, dim, empty in shapes:
+            names = [n for n in known if key_heads == heads or n == OURS or "SDPA" in n]
             case = {"length": length, "batch": batch, "heads": heads, "key_heads": key_heads, "head_dim": dim}
-            case |= {"empty_asked": empty / 100, "empty_measured": empty_share(*inputs)}
-            for name, attend in known.items():
-                if key_heads != heads and "SDPA" not in name and "ours" not in name:
-                    continue
-                row = {**case, "contestant": name, **measure(attend, inputs)}
-                print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-                rows.append(row)
-    return rows
+            yield from training_cases(args, {n: known[n] for n in names}, case, empty)
 
 
-def nape(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+def training_cases(
+    args: KernelBenchmarkArguments, known: dict[str, Callable[..., Tensor]], case: dict[str, int], empty: int
+) -> Iterator[Case]:
+    """The contestants on the same inputs; ours is the first."""
+    host_bound = False
+
+    @functools.cache
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        return make_inputs(*(case[size] for size in ("batch", "heads", "key_heads", "length", "head_dim")), empty)
+
+    @functools.cache
+    def shares() -> dict[str, float]:
+        return {"empty_asked": empty / 100, "empty_measured": empty_share(*inputs())}
+
+    def row(name: str) -> dict[str, Any]:
+        nonlocal host_bound
+        if not host_bound:
+            found = {**case, **shares(), "contestant": name, **measure(known[name], inputs())}
+            host_bound = args.skip_host_bound and name == OURS and found["host_ms"] > HOST_BOUND * found["sum_ms"]
+        if host_bound:
+            raise LeftOut("launching takes as long as running")
+        return found
+
+    shape = f"{case['length']} tokens, {case['key_heads']} key heads of {case['head_dim']}, {empty}% empty"
+    for name in known:
+        yield Case(f"{shape}, {name}", functools.partial(row, name))
+
+
+def nape(args: KernelBenchmarkArguments) -> Iterator[Case]:
     """ALiBi heads alone, and with as many heads without positions: slopes 1, 1/2, 1/3, ..."""
-    rows = []
+
+    def row(length: int, heads: int, name: str) -> dict[str, Any]:
+        inputs = make_inputs(1, heads, heads, length, 64, 90)
+        slopes = torch.zeros(heads, device="cuda")
+        slopes[:8] = 1 / torch.arange(1, 9, device="cuda")
+
+        def attend(*tensors: Tensor) -> Tensor:
+            return sparse_attention(*tensors, is_causal=True, slopes=slopes, impl="triton")
+
+        found = {"length": length, "heads": name, **measure(attend, inputs)}
+        return {**found, "empty_measured": empty_share(*inputs, slopes)}
+
     for length in (16384, 65536):
         for heads, name in ((8, "8 ALiBi heads"), (16, "8 ALiBi heads and 8 others")):
-            inputs = make_inputs(1, heads, heads, length, 64, 90)
-            slopes = torch.zeros(heads, device="cuda")
-            slopes[:8] = 1 / torch.arange(1, 9, device="cuda")
-
-            def attend(*tensors: Tensor, slopes: Tensor = slopes) -> Tensor:
-                return sparse_attention(*tensors, is_causal=True, slopes=slopes, impl="triton")
-
-            rows.append({"length": length, "heads": name, **measure(attend, inputs)})
-            rows[-1]["empty_measured"] = empty_share(*inputs, slopes)
-    return rows
+            yield Case(f"{length} tokens, {name}", functools.partial(row, length, heads, name))
 
 
-def memory(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+def memory(args: KernelBenchmarkArguments) -> Iterator[Case]:
     """One call at 131072 tokens and 16 heads."""
-    inputs = make_inputs(1, 16, 16, 131072, 64, 90)
-    return [{"length": 131072, "heads": 16, "head_dim": 64, **measure(ours, inputs)}]
+
+    def row() -> dict[str, Any]:
+        inputs = make_inputs(1, 16, 16, 131072, 64, 90)
+        return {"length": 131072, "heads": 16, "head_dim": 64, **measure(ours, inputs)}
+
+    yield Case("131072 tokens", row)
 
 
-def decode(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+def decode(args: KernelBenchmarkArguments) -> Iterator[Case]:
     """One query of 32 heads against 65536 keys of 8 heads, batch 8: in a CUDA graph, and launched from Python."""
-    rows = []
-    for empty in (0, 90):
+    known = {
+        OURS: lambda *tensors: sparse_attention(*tensors, impl="triton"),
+        "SDPA cuDNN (softmax)": functools.partial(sdpa(SDPBackend.CUDNN_ATTENTION), is_causal=False),
+        "SDPA FlashAttention-2 (softmax)": functools.partial(sdpa(SDPBackend.FLASH_ATTENTION), is_causal=False),
+    }
+
+    @functools.lru_cache(maxsize=1)
+    def inputs(empty: int) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = make_inputs(8, 32, 8, 65536, 128, empty)
-        query = query[:, :, -1:].contiguous()
-        known = {
-            "ours (entmax 1.5)": lambda *tensors: sparse_attention(*tensors, impl="triton"),
-            "SDPA cuDNN (softmax)": lambda *tensors: sdpa(SDPBackend.CUDNN_ATTENTION)(*tensors, is_causal=False),
-            "SDPA FlashAttention-2 (softmax)": lambda *tensors: sdpa(SDPBackend.FLASH_ATTENTION)(
-                *tensors, is_causal=False
-            ),
-        }
-        for name, attend in known.items():
-            with torch.no_grad():
-                run = functools.partial(attend, query, key, value)
-                eager = milliseconds(run)
-                graph = do_bench_cudagraph(run, rep=60, return_mode="median")
-            rows.append({"empty_asked": empty / 100, "contestant": name, "graph_ms": graph, "eager_ms": eager})
-    return rows
+        return query[:, :, -1:].contiguous(), key, value
+
+    def row(empty: int, name: str) -> dict[str, Any]:
+        with torch.no_grad():
+            run = functools.partial(known[name], *inputs(empty))
+            eager = milliseconds(run)
+            graph = do_bench_cudagraph(run, rep=60, return_mode="median")
+        return {"empty_asked": empty / 100, "contestant": name, "graph_ms": graph, "eager_ms": eager}
+
+    for empty, name in itertools.product((0, 90), known):
+        yield Case(f"{empty}% empty, {name}", functools.partial(row, empty, name))
 
 
-def profile(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
+def profile(args: KernelBenchmarkArguments) -> Iterator[Case]:
     """Milliseconds of each of our kernels in a forward and backward, at --tokens tokens in one row."""
-    rows = []
-    for dim, empty in itertools.product(args.head_dims, args.empty):
+
+    def row(dim: int, empty: int) -> dict[str, Any]:
         inputs = make_inputs(1, args.heads, args.heads, args.tokens, dim, empty)
         tensors = [tensor.requires_grad_() for tensor in inputs]
         grad = torch.randn_like(ours(*tensors))
@@ -306,11 +361,13 @@ def profile(args: KernelBenchmarkArguments) -> list[dict[str, Any]]:
             for event in events.key_averages()
             if event.key.endswith("_kernel")
         }
-        rows.append({**case, "empty_measured": empty_share(*inputs), **times})
-    return rows
+        return {**case, "empty_measured": empty_share(*inputs), **times}
+
+    for dim, empty in itertools.product(args.head_dims, args.empty):
+        yield Case(f"head dimension {dim}, {empty}% empty", functools.partial(row, dim, empty))
 
 
-SECTIONS: dict[str, Callable[[KernelBenchmarkArguments], list[dict[str, Any]]]] = {
+SECTIONS: dict[str, Callable[[KernelBenchmarkArguments], Iterator[Case]]] = {
     "first_call": first_call,
     "training": training,
     "nape": nape,
@@ -320,50 +377,18 @@ SECTIONS: dict[str, Callable[[KernelBenchmarkArguments], list[dict[str, Any]]]] 
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-
-    def cell(value: Any) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    return format_table(keys, [[cell(row.get(key, "")) for key in keys] for row in rows])
-
-
-def plot(path: Path, rows: list[dict[str, Any]], lengths: list[int]) -> None:
-    """Forward and backward against the share of empty tiles, one panel per length of at least 16384."""
-    lengths = [length for length in lengths if length >= 16384] or lengths
-    figure, panels = figure_grid(1, len(lengths), width=4.5 * len(lengths), height=3.8)
-    for axes, length in zip(panels[0], lengths):
-        chosen = [row for row in rows if row["length"] == length and row["head_dim"] == 64]
-        for number, name in enumerate(dict.fromkeys(row["contestant"] for row in chosen)):
-            line = sorted((row["empty_measured"], row["sum_ms"]) for row in chosen if row["contestant"] == name)
-            axes.plot(*zip(*line), marker="o", markersize=4, color=f"C{number}", label=name)
-        axes.set_title(f"{length} tokens, head dimension 64", fontsize=9)
-        axes.set_xlabel("share of empty tiles")
-        axes.set_ylabel("forward + backward (ms)")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=7)
-    save_figure(figure, path)
-
-
 def main() -> None:
     (args,) = parse_arguments(KernelBenchmarkArguments, description=__doc__)
     torch.manual_seed(args.seed)
-    folder = Path(args.output_dir)
     record = run_record(dataclasses.asdict(args), torch.device("cuda"), processes=1)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for name in args.sections:
-        results[name] = SECTIONS[name](args)
-        torch.cuda.empty_cache()
-        if name != "training":
-            print(f"{name}\n{table(results[name])}\n", flush=True)
-        # After each section, so that a later one that fails loses nothing.
-        write_json(folder / "benchmark_kernels.json", {**results, "run": record})
-    tables = "\n\n".join(f"## {name}\n\n{table(rows)}" for name, rows in results.items())
-    (folder / "benchmark_kernels.md").write_text(tables + "\n", encoding="utf-8")
-    if results.get("training"):
-        plot(folder / "benchmark_kernels.png", results["training"], args.lengths)
+    results = Results(Path(args.output_dir) / "benchmark_kernels", record, args.max_seconds)
+    try:
+        for name in args.sections:
+            for case in SECTIONS[name](args):
+                results.measure(name, case)
+            torch.cuda.empty_cache()
+    finally:
+        results.write_tables()
 
 
 if __name__ == "__main__":
