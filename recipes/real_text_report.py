@@ -62,21 +62,14 @@ def write_report(args: ReportArguments) -> None:
     runs = {name: run for name, run in runs.items() if run["perplexity"]}
     if not runs:
         raise ValueError(f"{args.runs} holds no folder VARIANT_sSEED with a perplexity.json")
+    table = all_tables(runs, args.reference)
     variants = group_by_variant(runs)
     first = next(iter(runs.values()))["perplexity"]
-    protocol = first["protocol"]
-    table = "\n\n".join(
-        [
-            perplexity_table(variants, protocol, args.reference),
-            *needle_tables(variants, protocol),
-            training_table(runs),
-        ]
-    )
     shown = {variant: seeds[min(seeds)] for variant, seeds in variants.items()}
-    train_length = protocol["train_length"]
+    train_length = first["protocol"]["train_length"]
 
     def write(temporary: Path) -> None:
-        write_json(temporary / "real_text.json", {"runs": runs})
+        write_json(temporary / "real_text.json", {"reference": args.reference, "runs": runs})
         (temporary / "real_text.md").write_text(table + "\n", encoding="utf-8")
         curves = {
             variant: {"by_length": measured.by_length, "by_position": measured.by_position}
@@ -91,6 +84,13 @@ def write_report(args: ReportArguments) -> None:
 
     written = replace_files(Path(args.output_dir), write)
     print(f"{table}\n\nWritten to {args.output_dir}: {', '.join(written)}")
+
+
+def all_tables(runs: dict[str, dict[str, Any]], reference: str) -> str:
+    """What real_text.md holds, from what real_text.json holds."""
+    variants, protocol = group_by_variant(runs), next(iter(runs.values()))["perplexity"]["protocol"]
+    perplexity, training = perplexity_table(variants, protocol, reference), training_table(runs)
+    return "\n\n".join([perplexity, *needle_tables(variants, protocol), training])
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import real_text_report as recipe
+from tiny_run import ROOT
 
 LENGTHS = [64, 128]
 
@@ -93,3 +94,11 @@ def test_no_runs(tmp_path, report):
     (tmp_path / "runs" / "other").mkdir(parents=True)
     with pytest.raises(SystemExit, match="holds no folder VARIANT_sSEED"):
         report()
+
+
+@pytest.mark.parametrize("name", ["real_text", "real_text_first_layers"])
+def test_committed_tables_are_those_of_the_committed_runs(name):
+    folder = ROOT / "model_cards" / "results" / name
+    written = json.loads((folder / "real_text.json").read_text(encoding="utf-8"))
+    table = recipe.all_tables(written["runs"], written["reference"])
+    assert table.strip() == (folder / "real_text.md").read_text(encoding="utf-8").strip()
