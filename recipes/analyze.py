@@ -246,6 +246,13 @@ def summarize_experiments(content: dict) -> str:
     for gap, curves in early["distance"].items():
         header = [f"distance, score {gap} above the others, length", *map(str, early["lengths"])]
         tables.append(format_table(header, [[name, *(f"{d:.3g}" for d in c)] for name, c in curves.items()]))
+    copies = content["copies"]
+    header = [f"kinds kept of {copies['kinds']} (weight moved), copies of each", *map(str, copies["numbers"])]
+    cells = {
+        name: [f"{kept:.1f} ({moved:.0%})" for kept, moved in zip(curve["kept"], curve["moved"], strict=True)]
+        for name, curve in copies["curves"].items()
+    }
+    tables.append(format_table(header, [[name, *row] for name, row in cells.items()]))
     return "\n\n".join(tables)
 
 

@@ -5,6 +5,8 @@
 - *Irrelevant tokens*: a token outside the support changes nothing, whatever it holds and however many there are.
 - *Early token*: two sequences that differ in one early token stay apart at their last token as they grow, provided
   that attention singles that token out; under softmax they come together.
+- *Copies*: where keys repeat, as in the first layer of a model without positions, more copies of all of them leave
+  softmax's shares as they are and take the weaker kinds from entmax.
 
 All run on random numbers and untrained models, from a seed, through the package's own operator and presets.
 """
@@ -39,11 +41,12 @@ _VOCAB, _HIDDEN, _HEADS = 64, 32, 2
 def run_experiments(
     entropy_lengths: Sequence[int], early_token_lengths: Sequence[int], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """All three, as the JSON that the recipe writes."""
+    """All four, as the JSON that the recipe writes."""
     return {
         "dispersion": dispersion(entropy_lengths, seed=seed),
         "irrelevant_tokens": irrelevant_tokens(seed=seed),
         "early_token": early_token(early_token_lengths, seed=seed),
+        "copies": copies(seed=seed),
     }
 
 
@@ -80,6 +83,36 @@ def curve_weights(logits: Tensor, alpha: float, scale: float) -> Tensor:
     key = logits[:, None, :, None]
     query = torch.ones_like(key[:, :, :1])
     return sparse_attention(query, key, key, alpha=alpha, scaling=scale, return_weights=True)[1][:, 0, 0]
+
+
+def copies(
+    numbers: Sequence[int] = (1, 4, 16, 64, 256), kinds: int = 32, draws: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """How many kinds of tokens keep a weight when there are more copies of each.
+
+    Logits are uniform in [0, 4], one for each kind, the same for all of its copies. The weights of one kind, summed
+    over m copies, are those without copies if the scale t is multiplied by m ** (1 - alpha) (the curve
+    ``entmax, blunter``): the threshold falls by the same factor, since the weights are powers 1 / (alpha - 1).
+
+    Returns:
+        For each curve, by number of copies, the mean number of kinds with a weight, ``kept``, and the mean share of
+        the weight that is on other kinds than without copies, ``moved``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.rand(draws, kinds, generator=generator, dtype=torch.float64) * _BOUND
+    curves = {**CURVES, "entmax, blunter": (1.5, lambda n: (n / kinds) ** -0.5)}
+    result: dict[str, Any] = {"numbers": list(numbers), "kinds": kinds, "draws": draws, "curves": {}}
+    for name, (alpha, scale) in curves.items():
+        shares = []
+        for number in numbers:
+            t = 1.0 if scale is None else scale(kinds * number)
+            weights = curve_weights(logits.repeat(1, number), alpha, t)
+            shares.append(weights.view(draws, number, kinds).sum(1))
+        result["curves"][name] = {
+            "kept": [(share > 0).sum(-1).double().mean().item() for share in shares],
+            "moved": [(share - shares[0]).abs().sum(-1).mean().item() / 2 for share in shares],
+        }
+    return result
 
 
 def irrelevant_tokens(

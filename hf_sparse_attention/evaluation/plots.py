@@ -99,7 +99,9 @@ def length_axis(axes: Axes, label: str, train_length: int | None) -> None:
     axes.set_xlabel(label)
     if train_length is not None:
         axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
-        axes.text(train_length, 0.02, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom")
+        axes.text(
+            train_length, 0.02, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom"
+        )
     axes.grid(alpha=0.25)
 
 

@@ -11,6 +11,7 @@ from hf_sparse_attention.analysis import attention_map
 from hf_sparse_attention.analysis.experiments import (
     CURVES,
     PRESETS,
+    copies,
     curve_weights,
     dispersion,
     early_token,
@@ -68,6 +69,22 @@ def check_early_token(result):
         assert alike[preset][-1] < 0.3 * alike[preset][0]
 
 
+def check_copies(result):
+    curves, kinds = result["curves"], result["kinds"]
+    assert curves["softmax"]["kept"] == [kinds] * len(result["numbers"])
+    for name in ("softmax", "entmax, blunter"):
+        assert max(curves[name]["moved"]) < 1e-6, name
+    for name in ("entmax", "asentmax", "sparsemax"):
+        kept = curves[name]["kept"]
+        assert kept[0] < kinds
+        assert kept == sorted(kept, reverse=True)
+        assert kept[-1] < 0.6 * kept[0]
+
+
+def test_more_copies_leave_fewer_kinds():
+    check_copies(copies([1, 3, 200], kinds=20, draws=5))
+
+
 def test_dispersion():
     check_dispersion(dispersion([16, 300, 20000], draws=6))
 
@@ -106,6 +123,7 @@ def test_committed_numbers_show_the_claims():
     check_dispersion(content["dispersion"])
     check_irrelevant_tokens(content["irrelevant_tokens"])
     check_early_token(content["early_token"])
+    check_copies(content["copies"])
     for file in COMMITTED.parent.glob("experiments.*"):
         assert file.stat().st_size < 150_000
 
