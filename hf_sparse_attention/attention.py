@@ -226,14 +226,14 @@ def _is_context_parallel() -> bool:
 def _slopes(module: nn.Module, settings: SparseAttentionConfig, query: Tensor, keeper: Tensor) -> Tensor | None:
     """Slopes of the query heads that this process holds, (heads,); None without ALiBi. Kept on ``keeper``."""
     num_heads, held = module.config.num_attention_heads, query.shape[1]
-    # Read only where layers differ: compiled code is made anew for each number that it reads.
-    layer = module.layer_idx if settings.alibi_layers else None
-    alibi_heads = settings.num_alibi_heads(num_heads, layer)
+    # Not layer_idx: compiled code is made anew for every number that it reads, and torch stops doing so after eight.
+    all_heads = module.alibi_on_all_heads
+    alibi_heads = settings.num_alibi_heads(num_heads, all_heads)
     if not alibi_heads:
         return None
 
     def of_held_heads() -> Tensor:
-        slopes = alibi_slopes(settings, num_heads, query.device, layer)
+        slopes = alibi_slopes(settings, num_heads, query.device, all_heads)
         return slopes if held == num_heads else slopes.split(held)[_tensor_parallel_rank(module)]
 
     return memoised((keeper,), of_held_heads, ("slopes", settings.alibi_slopes, alibi_heads, num_heads, held))

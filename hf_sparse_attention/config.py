@@ -133,9 +133,9 @@ class SparseAttentionConfig:
     def removes_rope(self) -> bool:
         return self.position_encoding != "model"
 
-    def num_alibi_heads(self, num_heads: int, layer: int | None = None) -> int:
-        """How many of ``num_heads`` query heads have an ALiBi slope in a layer; None: one beyond ``alibi_layers``."""
-        if self.position_encoding == "alibi" or (layer is not None and layer < self.alibi_layers):
+    def num_alibi_heads(self, num_heads: int, all_heads: bool = False) -> int:
+        """How many of ``num_heads`` query heads have an ALiBi slope; ``all_heads``: in one of the ``alibi_layers``."""
+        if self.position_encoding == "alibi" or all_heads:
             return num_heads
         if self.position_encoding != "nape":
             return 0

@@ -55,6 +55,7 @@ def attach(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
             with torch.device(like.device):
                 scale = LengthScale(settings, config.hidden_size, config.num_attention_heads)
             module.length_scale = scale.to(like.dtype) if like.is_floating_point() else scale
+        module.alibi_on_all_heads = settings.alibi_layers > 0 and module.layer_idx < settings.alibi_layers
         module.register_forward_pre_hook(prepare_attention_call, with_kwargs=True)
         changed.append(module)
     return changed
@@ -77,6 +78,7 @@ def detach(model: nn.Module) -> None:
             if hook is prepare_attention_call:
                 del module._forward_pre_hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
+                del module.alibi_on_all_heads
                 if hasattr(module, "length_scale"):
                     del module.length_scale
 

@@ -166,7 +166,7 @@ def _describe(
         cu_seqlens=kwargs.get("cu_seq_lens_q"),
         seq_idx=kwargs.get("seq_idx"),
     )
-    slopes = alibi_slopes(settings, heads, weights.device, module.layer_idx)
+    slopes = alibi_slopes(settings, heads, weights.device, module.alibi_on_all_heads)
     length_scale = getattr(module, "length_scale", None)
     beta = gamma = None
     scale = torch.ones(weights.shape[:3], device=weights.device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import alone, packed, prompts, tiny_config, tiny_model
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_sparse_attention import AlphaSchedule, AlphaScheduleCallback, SparseAttentionTrainer, convert, parameter_groups
@@ -154,6 +155,22 @@ def test_compiled_training_step(position):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("layers", "graphs"), [(0, 1), (2, 2), (10, 1)])
+def test_layers_compiled_one_by_one_share_their_graphs(layers, graphs):
+    """Accelerate's regional compilation: torch gives up on a layer's code after eight graphs and runs it eagerly."""
+    fields = {"position_encoding": "nape", "alibi_layers": layers}
+    model = tiny_model(position=fields, num_hidden_layers=10).train()
+    ids, _ = packed(prompts(12))
+    expected = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert counter.frame_count == graphs
+    torch._dynamo.reset()
 
 
 def test_autocast():
