@@ -38,7 +38,7 @@ from pretrain_setup import (
     validation_rows,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -367,9 +367,11 @@ def weighted_loss(
     model: torch.nn.Module, *, labels: torch.Tensor, label_weights: torch.Tensor, **inputs: torch.Tensor
 ) -> torch.Tensor:
     """Sum of weight times loss over the labels; the losses of transformers have no argument for weights."""
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    losses = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="none")
-    return losses @ label_weights[:, 1:].flatten()
+    logits = model(**inputs, use_cache=False).logits.float().flatten(0, 1)
+    # Labels are moved instead of logits, of which a part would be a copy.
+    targets, weights = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), pad(label_weights[:, 1:], (0, 1))
+    losses = cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return losses @ weights.flatten()
 
 
 @torch.no_grad()
@@ -377,7 +379,7 @@ def evaluate(
     accelerator: Accelerator, model: torch.nn.Module, rows: list[dict[str, torch.Tensor]], size: int
 ) -> dict[str, float]:
     """Mean loss over the labels of the rows, and its perplexity."""
-    labels = count_labels(rows)
+    labels = int(count_labels(rows))
     # Rows without labels fill up the last round: under FSDP all processes must take part in every forward pass.
     missing = -len(rows) % accelerator.num_processes
     blank = {**rows[0], "labels": torch.full_like(rows[0]["labels"], IGNORED_LABEL)}

@@ -79,7 +79,7 @@ def split_batches(rows: Sequence[Row], size: int) -> Iterator[Row]:
 
 
 def count_labels(rows: Sequence[Row]) -> float:
-    """Labels that the rows are trained on, or the sum of their ``label_weights``; at least 1.
+    """Labels that the rows are trained on, or the sum of their ``label_weights``; 1 if there are none.
 
     The first token of a row is predicted by nothing.
     """
@@ -87,4 +87,4 @@ def count_labels(rows: Sequence[Row]) -> float:
     counted = (batch["labels"] != IGNORED_LABEL)[:, 1:]
     if "label_weights" in batch:
         counted = counted * batch["label_weights"][:, 1:].double()
-    return max(1.0, float(counted.sum()))
+    return float(counted.sum()) or 1.0

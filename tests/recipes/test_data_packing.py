@@ -126,6 +126,14 @@ def test_mixture_continues_and_has_its_share(documents, tokenizer, taken):
     assert 90 < len(numbers) < 150
 
 
+def test_labels_of_extra_rows_have_their_weight(documents, tokenizer):
+    plain = take(MixedRows(packed(documents, tokenizer), extra_rows, 0.3), 40)
+    weighted = take(MixedRows(packed(documents, tokenizer), extra_rows, 0.3, weight=2.5), 40)
+    found = [row.pop("label_weights").unique().tolist() for row in weighted]
+    assert same(weighted, plain)
+    assert found == [[2.5 if int(row["labels"][:-1].max()) == -100 else 1.0] for row in plain]
+
+
 def test_documents_are_tokenized_once(documents, tokenizer):
     data = Dataset.from_dict({"text": [documents[0], " ", None, documents[1]]})
     tokens = tokenize_documents(data, tokenizer)

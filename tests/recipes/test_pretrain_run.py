@@ -277,6 +277,7 @@ def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tm
     metrics = read_metrics(output)
     assert [(line["step"], "eval_loss" in line) for line in metrics] == [(2, True), (3, False), (4, False), (4, True)]
     assert metrics[-1]["eval_labels"] < 61 * 32
+    assert isinstance(metrics[-1]["eval_labels"], int)
     assert metrics[-1]["eval_perplexity"] == pytest.approx(math.exp(metrics[-1]["eval_loss"]))
     assert f"| {text_file.name}, rows of 33 tokens | perplexity |" in (output / "README.md").read_text()
     assert list(output.rglob("events.out.tfevents.*"))

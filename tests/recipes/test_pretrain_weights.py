@@ -12,13 +12,19 @@ from hf_sparse_attention.data import IGNORED_LABEL, count_labels, split_batches
 WEIGHT = 5.0
 
 
-def rows():
+def rows(weight=WEIGHT):
     """Two rows of text and one with three answers."""
     ids = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
     labels, weights = ids.clone(), torch.ones(3, 17)
     labels[1, :14] = IGNORED_LABEL
-    weights[1] = WEIGHT
+    weights[1] = weight
     return [dict(zip(("input_ids", "labels", "label_weights"), columns)) for columns in zip(ids, labels, weights)]
+
+
+def test_labels_that_count_little_are_not_taken_for_one():
+    assert count_labels(rows(weight=0.125)[1:2]) == 3 * 0.125
+    blank = {**rows()[0], "labels": torch.full((17,), IGNORED_LABEL)}
+    assert count_labels([blank]) == 1
 
 
 def test_gradients_are_those_of_the_weighted_mean():
