@@ -131,6 +131,15 @@ def test_scale_is_what_the_operator_gets(monkeypatch, case):
         assert result["gamma"][1][3:] == [1.0, 1.0, 1.0]
 
 
+def test_first_layers_have_slopes_on_all_heads():
+    model = tiny_model(position={"position_encoding": "nape", "alibi_layers": 1})
+    seen = []
+    with observe_attention(model, seen.append):
+        alone(model, prompts(13)[0])
+    assert [(attention.slopes > 0).tolist() for attention in seen] == [[True] * 6, [True] * 3 + [False] * 3]
+    assert [attention.scaled.tolist() for attention in seen] == [[False] * 6, [False] * 3 + [True] * 3]
+
+
 def test_parameters_are_means_over_all_tokens():
     model, documents = tiny_model(), prompts(11, 6)
     inputs = []

@@ -164,10 +164,19 @@ def assert_same_run(left, right):
     assert left[-1]["eval_loss"] == pytest.approx(right[-1]["eval_loss"], rel=1e-4)
 
 
-@pytest.fixture(scope="module")
-def validated(tiny_options, text_file):
+WEIGHTED_ROWS = {
+    "length": 64,
+    "retrieval_fraction": 0.4,
+    "retrieval_weight": 2.5,
+    "retrieval_tasks": ["s_niah_1"],
+    "retrieval_format": {"wording": "short", "number_digits": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[{}, WEIGHTED_ROWS], ids=["text", "weighted retrieval"])
+def validated(tiny_options, text_file, request):
     # 7 validation rows: one process of two gets a row less
-    return {**tiny_options, "validation_data": str(text_file), "validation_rows": 7}
+    return {**tiny_options, **request.param, "validation_data": str(text_file), "validation_rows": 7}
 
 
 @pytest.fixture(scope="module")
