@@ -96,7 +96,7 @@ def spread(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-9000:]
 
     optimizer = torch.optim.SGD(parameter_groups(model.train(), 0.5, RATE))
     loss = model(ids, labels=ids, use_cache=False).loss
