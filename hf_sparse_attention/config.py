@@ -133,6 +133,12 @@ class SparseAttentionConfig:
     def removes_rope(self) -> bool:
         return self.position_encoding != "model"
 
+    def check_sizes(self, num_heads: int, num_layers: int) -> None:
+        """Raise ValueError for more ALiBi heads or layers than a model has."""
+        self.num_alibi_heads(num_heads)
+        if self.alibi_layers > num_layers:
+            raise _error("alibi_layers", self.alibi_layers, f"at most the {num_layers} layers of the model")
+
     def num_alibi_heads(self, num_heads: int, all_heads: bool = False) -> int:
         """How many of ``num_heads`` query heads have an ALiBi slope; ``all_heads``: in one of the ``alibi_layers``."""
         if self.position_encoding == "alibi" or all_heads:

@@ -32,7 +32,7 @@ def resolve_settings(config: PreTrainedConfig, preset: str) -> None:
             f"The config's sparse_attention was written for {settings.preset!r}; it now computes {preset!r}, as asked."
         )
         settings = settings.with_preset(preset)
-    settings.num_alibi_heads(config.num_attention_heads)
+    settings.check_sizes(config.num_attention_heads, config.num_hidden_layers)
     config.sparse_attention = settings.to_dict()
     # Serialised and honoured on load: without this package, loading stops instead of computing softmax.
     config.attn_implementation = preset
@@ -119,7 +119,7 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
     settings = SparseAttentionConfig.from_dict(
         merge_settings(config.sparse_attention, {"preset": attn_implementation, **fields})
     )
-    settings.num_alibi_heads(config.num_attention_heads)
+    settings.check_sizes(config.num_attention_heads, config.num_hidden_layers)
     before = {name for name, _ in model.named_parameters()}
     kept = {name: value for name, value in base.state_dict().items() if ".length_scale." in name}
     detach(base)

@@ -7,7 +7,7 @@ import pytest
 from families import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_sparse_attention import PRESETS, SparseAttentionConfig
+from hf_sparse_attention import PRESETS, SparseAttentionConfig, convert
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -60,10 +60,16 @@ def test_settings_that_are_no_mapping():
         AutoModelForCausalLM.from_config(tiny_config(sparse_attention="nape", attn_implementation="asentmax"))
 
 
-def test_too_many_alibi_heads():
-    fields = {"position_encoding": "nape", "alibi_heads": 7}
-    with pytest.raises(ValueError, match="alibi_heads is 7; allowed: at most the 6 query heads"):
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"), [("alibi_heads", 7, "6 query heads"), ("alibi_layers", 3, "2 layers")]
+)
+def test_more_alibi_than_the_model_has(name, value, allowed):
+    message = f"{name} is {value}; allowed: at most the {allowed} of the model"
+    fields = {"position_encoding": "nape", name: value}
+    with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_config(tiny_config(sparse_attention=fields))
+    with pytest.raises(ValueError, match=message):
+        convert(AutoModelForCausalLM.from_config(tiny_config()), **fields)
 
 
 def test_every_field_has_help_and_a_json_scalar():
