@@ -108,6 +108,8 @@ class DataOptions:
             _check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _check(0 <= self.retrieval_fraction < 1, "retrieval_fraction", self.retrieval_fraction, "0 to below 1")
         _check(0 < self.retrieval_weight < math.inf, "retrieval_weight", self.retrieval_weight, "above 0")
+        if self.retrieval_weight != 1 and not self.retrieval_fraction:
+            raise ArgumentError("retrieval_weight: there are no retrieval rows; give retrieval_fraction")
 
 
 @dataclass

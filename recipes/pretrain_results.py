@@ -69,6 +69,7 @@ def model_card(
         training={
             "data": [source if source in hub_data else Path(source).name for source in data_options.train_data],
             "retrieval rows": data_options.retrieval_fraction or None,
+            "retrieval weight": data_options.retrieval_weight if data_options.retrieval_fraction else None,
             "tokens": tokens,
             "steps": options.max_steps,
             "rows per step": options.batch_size,

@@ -304,6 +304,7 @@ def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
     state = json.loads((whole / "checkpoint-00000010" / "training_state.json").read_text())["data"]
     assert state["drawn"] == 40
     assert 8 <= state["extra_drawn"] <= 24
+    assert "| retrieval weight | 2.5 |" in (whole / "README.md").read_text()
 
 
 def test_full_disk_keeps_the_last_good_state(pretrain, trained, tmp_path, capsys):
