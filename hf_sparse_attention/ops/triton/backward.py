@@ -258,8 +258,8 @@ def key_value_gradient_kernel(
                 visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
                 y = tl.where(visible, y, float("-inf"))
             p, u = weights(y, beta, KIND)
-            grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
             grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
             c, delta = tl.split(tl.load(of_rows + (2 + pair)))
             if EXACT:
                 c *= inverse
