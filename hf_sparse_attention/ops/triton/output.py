@@ -6,14 +6,14 @@ import triton.language as tl
 from .threshold import UNREACHABLE, powers, root
 from .tiles import (
     ALIGNMENT,
+    distance,
     head_base,
-    load_query,
     load_tile,
     margin,
     positions_of,
+    query_factor,
     schedule,
     store_tile,
-    tile_scores,
     visible_keys,
 )
 
@@ -55,10 +55,10 @@ def output_kernel(
         KEY_START, KEY_END, tl.cast(b, tl.int64) * stride_range, rows, q_len, k_len
     )
     position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
-    q, c, negative = load_query(
-        Q, QUERY_SCALE, stride_qb, stride_qh, stride_qn, b, h, q_heads, q_tile * BM, q_len, row, dims, scale,
-        D, DP, HAS_SCALE,
-    )  # fmt: skip
+    # Queries whose sign was changed would be an operand from registers, and products of those wait for one another.
+    q = load_tile(head_base(Q, stride_qb, stride_qh, b, h), stride_qn, q_tile * BM, q_len, row, dims, D, DP)
+    c, negative = query_factor(QUERY_SCALE, b, h, q_heads, q_tile * BM, q_len, row, scale, HAS_SCALE)
+    c = tl.where(negative, -c, c)
     slope = 0.0
     if HAS_SLOPES:
         slope = tl.load(SLOPES + h).to(tl.float32) * alpha_minus_1
@@ -89,11 +89,17 @@ def output_kernel(
         fix = (entry & 1) != 0
         if HAS_SLOPES:
             fix = fix | (slope != 0)
-        a = tile_scores(
-            q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, fix,
-            D, DP, HAS_SLOPES, PRECISION,
-        )  # fmt: skip
-        x = tl.maximum(margin(a, out_scale[:, None], tau[:, None], t[:, None], narrow[:, None], EXACT), 0.0)
+        k = load_tile(K, stride_kn, first, hi, cols, dims, D, DP)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if fix:
+            keys = first + cols
+            if HAS_SLOPES:
+                scores = scores - raw_slope[:, None] * distance(position, keys)
+            # Of the sign that the factor makes -inf.
+            hidden = tl.where(negative, float("inf"), float("-inf"))[:, None]
+            visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+            scores = tl.where(visible, scores, hidden)
+        x = tl.maximum(margin(scores, out_scale[:, None], tau[:, None], t[:, None], narrow[:, None], EXACT), 0.0)
         p, u = powers(x, beta, KIND)
         tile_f = tl.sum(p, 1)
         f += tile_f
@@ -119,8 +125,7 @@ def output_kernel(
         mean = mean / tl.where(d > 0, d, 1.0)[:, None]
         store_tile(MEAN + base, stride, q_tile * BM, q_len, row, dims_v, mean, DV, DVP)
         inverse = tl.where(f > 0, narrow / tl.where(f > 0, root(f, beta, KIND), 1.0), 1.0)
-        signed = tl.where(negative, -c, c)
-        tl.store(SCALE + slot, signed if EXACT else signed * inverse)
+        tl.store(SCALE + slot, c if EXACT else c * inverse)
         tl.store(INVERSE + slot, inverse)
         if not EXACT:
             tl.store(REFERENCE + slot, (reference + t) * inverse)

@@ -49,7 +49,7 @@ def solve_kernel(
         KEY_START, KEY_END, tl.cast(b, tl.int64) * stride_range, rows, q_len, k_len
     )
     position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
-    q, c, _negative = load_query(
+    q, c = load_query(
         Q, QUERY_SCALE, stride_qb, stride_qh, stride_qn, b, h, q_heads, q_tile * BM, q_len, row, dims, scale,
         D, DP, HAS_SCALE,
     )  # fmt: skip

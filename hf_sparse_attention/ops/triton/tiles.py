@@ -134,19 +134,24 @@ def tile_scores(
 
 
 @triton.jit
-def load_query(
-    Q, QUERY_SCALE, stride_b, stride_h, stride_n, b, h, q_heads, first, q_len, row, dims, scale,
-    D: tl.constexpr, PADDED: tl.constexpr, HAS_SCALE: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries, the positive factor of its scores, and whether the factor's sign went to the queries.
-
-    A positive factor commutes with the row maximum; the sign is exact in the queries.
-    """
-    q = load_tile(head_base(Q, stride_b, stride_h, b, h), stride_n, first, q_len, row, dims, D, PADDED)
+def query_factor(QUERY_SCALE, b, h, q_heads, first, q_len, row, scale, HAS_SCALE: tl.constexpr):
+    """Absolute value of the factor of a query's scores, kept from 0, and whether the factor is negative. # [BM]"""
     factor = tl.zeros_like(row).to(tl.float32) + scale
     if HAS_SCALE:
         rows = tl.cast(b * q_heads + h, tl.int64) * q_len + first + row
         factor *= tl.load(QUERY_SCALE + rows, mask=row < q_len - first, other=0.0).to(tl.float32)
-    negative = factor < 0
-    q = tl.where(negative[:, None], -q, q)
-    return q, tl.maximum(tl.abs(factor), 1.0e-25), negative
+    return tl.maximum(tl.abs(factor), 1.0e-25), factor < 0
+
+
+@triton.jit
+def load_query(
+    Q, QUERY_SCALE, stride_b, stride_h, stride_n, b, h, q_heads, first, q_len, row, dims, scale,
+    D: tl.constexpr, PADDED: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries with the sign of the factor of their scores, and the rest of the factor.
+
+    A positive factor commutes with the row maximum; the sign is exact in the queries.
+    """
+    q = load_tile(head_base(Q, stride_b, stride_h, b, h), stride_n, first, q_len, row, dims, D, PADDED)
+    factor, negative = query_factor(QUERY_SCALE, b, h, q_heads, first, q_len, row, scale, HAS_SCALE)
+    return tl.where(negative[:, None], -q, q), factor
