@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ _NAMES = {
     "softmax": "softmax attention",
     "topk": "top-k softmax attention",
 }
+_RESULTS = re.compile(r"(^## Results\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
+_RESULTS_HEADER = "| data | metric | value | made by |\n| --- | --- | --- | --- |"
+_LOADED = re.compile(r'from_pretrained\("([^"]+)"')
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,33 @@ def create_model_card(
         training={name: _cell(value) for name, value in training.items() if value is not None},
         results=list(results),
     )
+
+
+def replace_results(card: ModelCard, results: Sequence[Measurement], repo_id: str | None = None) -> ModelCard:
+    """The same card with these measurements, in its table and in the ``model-index``, instead of those it has.
+
+    Args:
+        card: made by :func:`create_model_card`.
+        repo_id: what a reader passes to ``from_pretrained``; None leaves it and the model's name as they are.
+
+    Raises:
+        ValueError: the card has no section of results, or no ``from_pretrained`` to put the ``repo_id`` into.
+    """
+    text, parts = card.text, _RESULTS.split(card.text)
+    if len(parts) != 3:
+        raise ValueError("the card has no section '## Results'")
+    rows = [f"| {r.dataset} | {r.metric} | {r.value:.4g} | `{r.script}` |" for r in results]
+    text = "\n".join([f"{parts[0]}{parts[1]}", _RESULTS_HEADER, *rows, f"\n{parts[2]}"])
+    if repo_id is not None:
+        old = _LOADED.search(text)
+        if old is None:
+            raise ValueError("the card has no from_pretrained(...)")
+        name = repo_id.rstrip("/").rsplit("/", 1)[-1]
+        text = text.replace(f'"{old[1]}"', f'"{repo_id}"').replace(f"# {card.data.model_name}\n", f"# {name}\n")
+        card.data.model_name = name
+    card.data.eval_results = [result.eval_result() for result in results]
+    card.text = text
+    return card
 
 
 def _count(parameters: int) -> str:
