@@ -62,6 +62,20 @@ def test_forward_and_gradients_match_dense():
     interpret("\n".join(f"check_against_dense({case})" for case in CASES.values()))
 
 
+def test_negative_scaling_is_that_of_negated_queries():
+    interpret(
+        """
+from hf_sparse_attention.ops import sparse_attention
+i = make_inputs(Case(20, 40, 1, 1, scores='sharp'))
+found = sparse_attention(i.query, i.key, i.value, scaling=-0.25, is_causal=True, impl="triton")
+negated = sparse_attention(-i.query, i.key, i.value, scaling=0.25, is_causal=True, impl="triton")
+assert torch.equal(found, negated)
+gradients = [torch.autograd.grad(out, (i.query, i.key, i.value), i.grad) for out in (found, negated)]
+assert all(torch.equal(a, b) for a, b in zip(*gradients))
+"""
+    )
+
+
 def test_decode_matches_dense():
     interpret("\n".join(f"check_decode_against_dense({case})" for case in DECODE_CASES.values()))
 

@@ -107,6 +107,10 @@ def forward(
         )  # fmt: skip
         return out, *(state if training else _no_state(state))
 
+    if scaling < 0 and query_scale is None:
+        # The kernels look at signs where queries have scales.
+        query_scale = query.new_ones(query.shape[:3])
+        common["HAS_SCALE"] = True
     limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
     factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
     norms = None if slopes is None else _key_norms(key, tiles.columns)

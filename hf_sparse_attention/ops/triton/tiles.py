@@ -150,8 +150,11 @@ def load_query(
 ):  # fmt: skip
     """A tile of queries with the sign of the factor of their scores, and the rest of the factor.
 
-    A positive factor commutes with the row maximum; the sign is exact in the queries.
+    A positive factor commutes with the row maximum; the sign is exact in the queries. Without scales queries stay as
+    they came, which lets products read them from shared memory: ``scale`` must be positive then.
     """
     q = load_tile(head_base(Q, stride_b, stride_h, b, h), stride_n, first, q_len, row, dims, D, PADDED)
     factor, negative = query_factor(QUERY_SCALE, b, h, q_heads, first, q_len, row, scale, HAS_SCALE)
-    return tl.where(negative[:, None], -q, q), factor
+    if HAS_SCALE:
+        q = tl.where(negative[:, None], -q, q)
+    return q, factor
