@@ -66,14 +66,14 @@ def resolve_visibility(
     ends: list[Tensor] = [] if key_end is None else [key_end]
 
     # A single causal query stands on the last key: nothing lies after it.
-    if (is_causal and query_length != 1) or sliding_window is not None:
+    if is_causal and query_length != 1:
+        first_end = key_length - query_length + 1
+        ends.append(torch.arange(first_end, key_length + 1, device=query.device, dtype=torch.int32)[None])
+    if sliding_window is not None:
         own_position = torch.arange(query_length, device=query.device)[None] + (key_length - query_length)
-        if is_causal:
-            ends.append(own_position + 1)
-        if sliding_window is not None:
-            starts.append(own_position - (sliding_window - 1))
-            if not is_causal:
-                ends.append(own_position + sliding_window)
+        starts.append(own_position - (sliding_window - 1))
+        if not is_causal:
+            ends.append(own_position + sliding_window)
     if cu_seqlens is not None:
         boundaries = cu_seqlens.to(torch.int64)
         tokens = torch.arange(query_length, device=query.device)
