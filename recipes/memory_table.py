@@ -107,9 +107,10 @@ def attention_extra(batch: int, heads: int, length: int, head_dim: int) -> int:
     """Peak of the Triton kernels over forward and backward beside inputs, output and gradients."""
     rows = batch * heads * length
     tiles = -(-length // TILE)
-    mean, numbers, delta = 2 * rows * head_dim, 16 * rows, 4 * rows
+    # What the backward reads of each row lies packed, six numbers of 4 bytes.
+    mean, numbers, packed = 2 * rows * head_dim, 16 * rows, 24 * rows
     lists = batch * heads * (tiles**2 * (2 + 2 + 1) + 2 * tiles * 4)
-    return mean + numbers + delta + lists + 2 * 4 * length
+    return mean + numbers + packed + lists + 2 * 4 * length
 
 
 def tile_lists(heads: int, length: int, training: bool) -> int:
