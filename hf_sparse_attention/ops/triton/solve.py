@@ -49,7 +49,7 @@ def solve_kernel(
         KEY_START, KEY_END, tl.cast(b, tl.int64) * stride_range, rows, q_len, k_len
     )
     position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
-    q, c = load_query(
+    q, c, negative = load_query(
         Q, QUERY_SCALE, stride_qb, stride_qh, stride_qn, b, h, q_heads, q_tile * BM, q_len, row, dims, scale,
         D, DP, HAS_SCALE,
     )  # fmt: skip
@@ -57,6 +57,9 @@ def solve_kernel(
     if HAS_SLOPES:
         slope = tl.load(SLOPES + h).to(tl.float32) * alpha_minus_1
     raw_slope = slope / c
+    turned = False
+    if HAS_SCALE:
+        turned = tl.max(negative.to(tl.int32), 0) > 0
     tile_index = tl.cast(bh, tl.int64) * q_tiles + q_tile
     slot = tile_index * BM + row
     LIST += tile_index * k_tiles
@@ -82,12 +85,12 @@ def solve_kernel(
         for i in tl.range(0, count * PARTS, num_stages=STAGES):
             entry = tl.load(LIST + i // PARTS).to(tl.int32)
             first = (entry >> 1) * (PARTS * BN) + (i % PARTS) * BN
-            fix = (entry & 1) != 0
+            fix = ((entry & 1) != 0) | turned
             if HAS_SLOPES:
                 fix = fix | (slope != 0)
             a = tile_scores(
-                q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, fix,
-                D, DP, HAS_SLOPES, PRECISION,
+                q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, negative, fix,
+                D, DP, HAS_SCALE, HAS_SLOPES, PRECISION,
             )  # fmt: skip
             x = tl.maximum(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT), 0.0)
             p, u = powers(x, beta, KIND)

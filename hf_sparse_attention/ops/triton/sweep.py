@@ -55,6 +55,15 @@ def group_max(values, BM: tl.constexpr):
 
 
 @triton.jit
+def row_max(scores, negative, turned):
+    """Maximum of each row; where ``turned``, of the negated scores of negative rows. # [BM]"""
+    top = tl.max(scores, 1)
+    if turned:
+        top = tl.max(tl.where(negative[:, None], -scores, scores), 1)
+    return top
+
+
+@triton.jit
 def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, BN: tl.constexpr):
     """Tiles between which support can lie: ``|q| |k| scale - slope * distance`` must exceed the lowest bound."""
     new_lo = hi_tile
@@ -104,7 +113,7 @@ def sweep_kernel(
         KEY_START, KEY_END, tl.cast(b, tl.int64) * stride_range, rows, q_len, k_len
     )
     position = positions_of(QUERY_POSITIONS, tl.cast(b, tl.int64) * stride_position, rows, q_len, k_len, HAS_POSITIONS)
-    q, c = load_query(
+    q, c, negative = load_query(
         Q, QUERY_SCALE, stride_qb, stride_qh, stride_qn, b, h, q_heads, q_tile * BM, q_len, row, dims, scale,
         D, DP, HAS_SCALE,
     )  # fmt: skip
@@ -112,6 +121,9 @@ def sweep_kernel(
     if HAS_SLOPES:
         slope = tl.load(SLOPES + h).to(tl.float32) * alpha_minus_1
     raw_slope = slope / c
+    turned = False
+    if HAS_SCALE:
+        turned = tl.max(negative.to(tl.int32), 0) > 0
     tile_index = tl.cast(bh, tl.int64) * q_tiles + q_tile
     slot = tile_index * BM + row
     LIST += tile_index * k_tiles
@@ -139,8 +151,8 @@ def sweep_kernel(
             near_end = tl.minimum(tl.maximum((pos_max / BN).to(tl.int32), lo_tile), hi_tile - 1) + 1
             for tile in range(near, near_end):
                 a = tile_scores(
-                    q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, True,
-                    D, DP, HAS_SLOPES, PRECISION,
+                    q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, negative, True,
+                    D, DP, HAS_SCALE, HAS_SLOPES, PRECISION,
                 )  # fmt: skip
                 a_max = tl.max(a, 1) * c
                 m, t, f, d = raise_bound(m, t, f, d, a * c[:, None], a_max, beta, KIND)
@@ -166,12 +178,12 @@ def sweep_kernel(
         partial = (i < after) | (i >= after + sampled)
         tile = tl.where(i < after, hi_tile - 1 - i, tl.where(partial, lo_tile + i - after - sampled, 0))
         tile = tl.where(partial, tile, first_full + SAMPLE * (i - after))
-        fix = partial
+        fix = partial | turned
         if HAS_SLOPES:
             fix = fix | (slope != 0)
         a = tile_scores(
-            q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, fix,
-            D, DP, HAS_SLOPES, PRECISION,
+            q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, negative, fix,
+            D, DP, HAS_SCALE, HAS_SLOPES, PRECISION,
         )  # fmt: skip
         a_max = tl.max(a, 1) * c
         if tl.max(a_max - t, 0) > 0:
@@ -199,12 +211,12 @@ def sweep_kernel(
             tile = first_full + 1 + base + i + (base + i) // (SAMPLE - 1)
             fix = False
             if HAS_SLOPES:
-                fix = slope != 0
+                fix = (slope != 0) | turned
             a = tile_scores(
-                q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, fix,
-                D, DP, HAS_SLOPES, PRECISION,
+                q, K, stride_kn, tile * BN, hi, cols, dims, start, end, position, raw_slope, negative, fix,
+                D, DP, HAS_SCALE, HAS_SLOPES, PRECISION,
             )  # fmt: skip
-            a_max = tl.max(a, 1) * c
+            a_max = row_max(a, negative, False if HAS_SLOPES else turned) * c
             m = tl.maximum(m, a_max)
             x = tl.where(bounded, tl.maximum(a_max - early_t, 0.0), 0.0)
             p, u = powers(x, beta, KIND)

@@ -119,13 +119,19 @@ def margin(scores, scale, reference, offset, inverse, EXACT: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    q, K, stride, first, limit, cols, dims, start, end, position, slope, fix,
-    D: tl.constexpr, PADDED: tl.constexpr, HAS_SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    q, K, stride, first, limit, cols, dims, start, end, position, slope, negative, fix,
+    D: tl.constexpr, PADDED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SLOPES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile before the row's scale; masked and with the ALiBi term where ``fix``. # [BM, BN]"""
+    """Scores of one tile; where ``fix`` with the sign of the row's factor, the ALiBi term, and masked. # [BM, BN]
+
+    The sign waits until here: queries that had it would be an operand from registers, and products of those wait for
+    one another.
+    """
     k = load_tile(K, stride, first, limit, cols, dims, D, PADDED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if fix:
+        if HAS_SCALE:
+            scores = tl.where(negative[:, None], -scores, scores)
         keys = first + cols
         if HAS_SLOPES:
             scores = scores - slope[:, None] * distance(position, keys)
@@ -148,13 +154,10 @@ def load_query(
     Q, QUERY_SCALE, stride_b, stride_h, stride_n, b, h, q_heads, first, q_len, row, dims, scale,
     D: tl.constexpr, PADDED: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries with the sign of the factor of their scores, and the rest of the factor.
+    """A tile of queries, the factor of their scores without its sign, and whether the factor is negative.
 
-    A positive factor commutes with the row maximum; the sign is exact in the queries. Without scales queries stay as
-    they came, which lets products read them from shared memory: ``scale`` must be positive then.
+    A positive factor commutes with the row maximum.
     """
     q = load_tile(head_base(Q, stride_b, stride_h, b, h), stride_n, first, q_len, row, dims, D, PADDED)
     factor, negative = query_factor(QUERY_SCALE, b, h, q_heads, first, q_len, row, scale, HAS_SCALE)
-    if HAS_SCALE:
-        q = tl.where(negative[:, None], -q, q)
-    return q, factor
+    return q, factor, negative
