@@ -34,7 +34,7 @@ class ReportArguments:
         default="softmax_rope", metadata={"help": "Variant whose loss at the training length is compared with."}
     )
     pictured: list[str] | None = field(
-        default=None, metadata={"help": "Variants of the heat maps, from top to bottom; default: all."}
+        default=None, metadata={"help": "Variants in the pictures, in this order; default: all."}
     )
 
 
@@ -64,6 +64,8 @@ def write_report(args: ReportArguments) -> None:
         raise ValueError(f"{args.runs} holds no folder VARIANT_sSEED with a perplexity.json")
     table = all_tables(runs, args.reference)
     variants = group_by_variant(runs)
+    if unknown := sorted(set(args.pictured or ()) - set(variants)):
+        raise ValueError(f"pictured: {', '.join(unknown)} not among {', '.join(variants)}")
     first = next(iter(runs.values()))["perplexity"]
     shown = {variant: seeds[min(seeds)] for variant, seeds in variants.items()}
     train_length = first["protocol"]["train_length"]
@@ -73,7 +75,7 @@ def write_report(args: ReportArguments) -> None:
         (temporary / "real_text.md").write_text(table + "\n", encoding="utf-8")
         curves = {
             variant: {"by_length": measured.by_length, "by_position": measured.by_position}
-            for variant, measured in shown.items()
+            for variant, measured in ((name, shown[name]) for name in args.pictured or shown)
         }
         plot_perplexity(temporary / "perplexity.png", curves, train_length, first["unigram_perplexity"])
         pictured = args.pictured or [variant for variant, measured in shown.items() if measured.needles]

@@ -16,18 +16,24 @@ def plot_perplexity(
 ) -> None:
     """Perplexity with its interval against length on the left, loss by position on the right; one line per checkpoint.
 
+    Where curves are apart by a factor of 4, those near the lowest are also shown larger, in between.
+
     Args:
         results: per checkpoint ``by_length`` and ``by_position`` as in the recipe's JSON.
         unigram: perplexity without context, drawn as a dotted line.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, ((left, right),) = figure_grid(1, 2, width=10.0, height=4.0)
+    found = [cell["perplexity"] for result in results.values() for cell in result["by_length"].values()]
+    panels = 3 if max(found) > 4 * min(found) else 2
+    figure, (all_axes,) = figure_grid(1, panels, width=5.0 * panels, height=4.0)
+    left, right, by_length = all_axes[0], all_axes[-1], all_axes[:-1]
     for number, (name, result) in enumerate(results.items()):
         style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
         lengths = [int(length) for length in result["by_length"]]
         values = list(result["by_length"].values())
-        left.plot(lengths, [value["perplexity"] for value in values], **style)
+        for axes in by_length:
+            axes.plot(lengths, [value["perplexity"] for value in values], **style)
         low, high = ([value[key] for value in values] for key in ("low", "high"))
         left.fill_between(lengths, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
         buckets = result["by_position"]
@@ -39,12 +45,15 @@ def plot_perplexity(
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8) if top < 30 * bottom else (1,)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_ylabel("perplexity of the same target tokens")
+    if panels == 3:
+        all_axes[1].set_ylim(0.97 * min(found), 1.6 * min(found))
     right.set_ylabel("mean loss (nats per token)")
-    for axes, label in ((left, "context length (tokens)"), (right, "position (tokens read before)")):
-        length_axis(axes, label, train_length)
+    length_axis(right, "position (tokens read before)", train_length)
     ticks = sorted({int(length) for result in results.values() for length in result["by_length"]})
-    left.set_xticks(ticks, [str(tick) for tick in ticks])
+    for axes in by_length:
+        axes.set_ylabel("perplexity of the same target tokens")
+        length_axis(axes, "context length (tokens)", train_length)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
     left.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 

@@ -7,6 +7,8 @@ import pytest
 import real_text_report as recipe
 from tiny_run import ROOT
 
+from hf_sparse_attention.evaluation import plots
+
 LENGTHS = [64, 128]
 
 
@@ -102,3 +104,22 @@ def test_committed_tables_are_those_of_the_committed_runs(name):
     written = json.loads((folder / "real_text.json").read_text(encoding="utf-8"))
     table = recipe.all_tables(written["runs"], written["reference"])
     assert table.strip() == (folder / "real_text.md").read_text(encoding="utf-8").strip()
+
+
+def test_a_variant_that_is_not_there_cannot_be_pictured(tmp_path, report):
+    write(tmp_path / "runs" / "mine_s0", [2.0, 1.0])
+    with pytest.raises(SystemExit, match="pictured: yours not among mine"):
+        report("--pictured", "mine", "yours")
+    assert list((tmp_path / "report").iterdir()) == []
+
+
+@pytest.mark.parametrize(("losses", "panels"), [([2.0, 3.0], 2), ([2.0, 30.0], 3)])
+def test_curves_far_apart_get_a_panel_for_the_lowest(tmp_path, monkeypatch, losses, panels):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    curves = {"mine": {"by_length": dict(zip(LENGTHS, map(cell, losses))), "by_position": [{"last": 9, "loss": 2.0}]}}
+    plots.plot_perplexity(tmp_path / "curves.png", curves, train_length=64)
+    (figure,) = drawn
+    assert len(figure.axes) == panels
+    if panels == 3:
+        assert figure.axes[1].get_ylim() == pytest.approx((19.4, 32.0))

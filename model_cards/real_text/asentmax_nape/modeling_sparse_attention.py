@@ -1,0 +1,24 @@
+"""Loads this checkpoint with trust_remote_code=True; needs `pip install hf_sparse_attention`."""
+
+import transformers
+from hf_sparse_attention.hub import TrustedCheckpoint
+
+
+class LlamaModel(TrustedCheckpoint, transformers.LlamaModel):
+    pass
+
+
+class LlamaForCausalLM(TrustedCheckpoint, transformers.LlamaForCausalLM):
+    pass
+
+
+class LlamaForSequenceClassification(TrustedCheckpoint, transformers.LlamaForSequenceClassification):
+    pass
+
+
+class LlamaForTokenClassification(TrustedCheckpoint, transformers.LlamaForTokenClassification):
+    pass
+
+
+class LlamaForQuestionAnswering(TrustedCheckpoint, transformers.LlamaForQuestionAnswering):
+    pass
