@@ -1,6 +1,8 @@
 """Row visibility from transformers' arguments: ranges where they suffice, one computation per forward, no cycles."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -89,14 +91,71 @@ def test_packed_documents_without_causality_are_refused():
         visibility(None, QUERY, 6, **arguments)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_code_stops_at_additive_biases(backend):
-    def visible_keys(mask):
-        return visibility(mask, QUERY, 6, **NOTHING).visible_keys
+STOPS = """
+import sys
 
-    compiled = torch.compile(visible_keys, fullgraph=True, backend=backend)
-    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
-    assert compiled(mask).tolist() == [[[1, 2, 3, 4, 5, 6]]]
-    with pytest.raises(RuntimeError, match="additive biases"):
-        compiled(mask + 0.5)
-    torch._dynamo.reset()
+import torch
+
+from hf_sparse_attention.masks import sparse_attention_mask, visibility
+
+device, backend, case = sys.argv[1:]
+torch.set_default_device(device)
+query = torch.zeros(1, 2, 6, 4)
+causal = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+
+
+def generated(*padding):
+    mask = torch.tensor([padding]).bool()
+    return sparse_attention_mask(batch_size=1, q_length=6, kv_length=6, attention_mask=mask, device=query.device)
+
+
+def visible_keys(mask=None, positions=None):
+    rows = visibility(mask, query, 6, is_causal=mask is not None, position_ids=positions, **nothing)
+    return rows.visible_keys
+
+
+nothing = {"sliding_window": None, "cu_seqlens": None, "seq_idx": None}
+right, wrong = {
+    "biases": ({"mask": causal}, {"mask": causal + 0.5}),
+    "documents": ({"positions": torch.arange(6)[None]}, {"positions": torch.tensor([[0, 1, 2, 0, 1, 2]])}),
+    "holes": ({"mask": generated(0, 1, 1, 1, 1, 1)}, {"mask": generated(1, 1, 0, 0, 1, 1)}),
+}[case]
+compiled = torch.compile(visible_keys, fullgraph=True, backend=backend)
+print(compiled(**right).tolist())
+print(compiled(**wrong).tolist())
+"""
+# Visible keys of the right call, and how the message about the wrong one begins.
+STOPPED = {
+    "biases": ([1, 2, 3, 4, 5, 6], "the 4-D attention_mask holds values other than 0 and a large negative number"),
+    "documents": ([6] * 6, "packed documents with bidirectional attention need a 4-D attention_mask"),
+    "holes": ([0, 1, 2, 3, 4, 5], "attention_mask hides tokens between visible ones"),
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "case"),
+    [
+        ("cpu", "eager", "biases"),
+        ("cpu", "aot_eager", "biases"),
+        ("cpu", "aot_eager", "documents"),
+        *(
+            pytest.param("cuda", backend, case, marks=pytest.mark.gpu)
+            for backend, case in (
+                ("eager", "biases"),
+                ("aot_eager", "biases"),
+                ("inductor", "biases"),
+                ("inductor", "documents"),
+                ("inductor", "holes"),
+            )
+        ),
+    ],
+)
+def test_compiled_code_stops_at_values_it_cannot_support(device, backend, case):
+    """In a process of its own: on a GPU an assertion fails in a kernel, and the process can use the GPU no more."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPS, device, backend, case], capture_output=True, text=True, timeout=300
+    )
+    visible, message = STOPPED[case]
+    assert done.returncode != 0, done.stdout
+    assert done.stdout.splitlines()[-1:] == [str([[visible]])], done.stderr
+    assert {"cpu": "RuntimeError: ", "cuda": "Assertion `"}[device] + message in done.stderr, done.stderr
