@@ -293,8 +293,8 @@ def _as_bool(mask: Tensor) -> Tensor:
 def _require(condition: Tensor, message: str) -> None:
     """Raise ValueError with the message unless the condition holds; traced code stops with it when it runs.
 
-    Then a CPU raises RuntimeError. On a GPU an assertion fails in a kernel: the message is on stderr, a later call that
-    waits for the GPU raises RuntimeError without it, and the process cannot use the GPU any more.
+    Then a CPU raises RuntimeError. On a GPU an assertion fails in a kernel: the message is on stderr, a later call
+    that waits for the GPU raises RuntimeError without it, and the process cannot use the GPU any more.
     """
     if is_traced(condition):
         torch._assert_async(condition, message)
