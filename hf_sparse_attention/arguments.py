@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -19,7 +20,22 @@ class ArgumentError(ValueError):
     """An option is unknown, of the wrong type or out of range; the message names it."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of an option where it has one and its text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        # The second flag of an option that is true unless it is turned off comes with the text of the first.
+        if options.get("action") == "store_false":
+            options.update(help=f"turn {options['dest']} off", default=argparse.SUPPRESS)
+        return super().add_argument(*names, **options)
+
     def error(self, message: str):
         raise ArgumentError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message))
 
@@ -99,6 +115,7 @@ def parse(*dataclass_types: type, argv: Sequence[str], description: str | None =
         dataclass_types,
         description=description,
         usage="%(prog)s [config.yaml] [--option value ...]",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     argv = list(argv)

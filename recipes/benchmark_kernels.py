@@ -58,7 +58,7 @@ class KernelBenchmarkArguments:
     )
     head_dims: list[int] = field(default_factory=lambda: [64, 128], metadata={"help": "Sizes of a head."})
     empty: list[int] = field(
-        default_factory=lambda: [0, 50, 90, 93, 97], metadata={"help": "Empty tiles asked for, in %."}
+        default_factory=lambda: [0, 50, 90, 93, 97], metadata={"help": "Empty tiles asked for, in per cent."}
     )
     heads: int = field(default=16, metadata={"help": "Query heads, fewer above --tokens tokens."})
     tokens: int = field(default=16384, metadata={"help": "Batch times length times heads / --heads."})

@@ -60,7 +60,7 @@ class Results:
 
     def write_tables(self) -> None:
         """The tables, and the picture where there are rows for it."""
-        parts = [f"## {name}\n\n{_table(rows)}" for name, rows in self.rows.items()]
+        parts = [f"## {name}\n\n{table(rows)}" for name, rows in self.rows.items()]
         if self.left_out:
             parts.append("## Left out\n\n" + "\n".join(f"- {what}" for what in self.left_out))
         if parts:
@@ -70,7 +70,8 @@ class Results:
             _plot(self.path.with_suffix(".png"), drawn)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a column for each key of any row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:

@@ -141,9 +141,9 @@ class RunOptions:
     weight_decay: float = field(
         default=0.1, metadata=_help("AdamW weight decay; not on norms, biases and length scales")
     )
-    adam_beta1: float = field(default=0.9, metadata=_help("AdamW"))
-    adam_beta2: float = field(default=0.95, metadata=_help("AdamW"))
-    adam_epsilon: float = field(default=1e-8, metadata=_help("AdamW"))
+    adam_beta1: float = field(default=0.9, metadata=_help("AdamW: decay of the mean of the gradients"))
+    adam_beta2: float = field(default=0.95, metadata=_help("AdamW: decay of the mean of their squares"))
+    adam_epsilon: float = field(default=1e-8, metadata=_help("AdamW: added to the divisor"))
     max_grad_norm: float = field(default=1.0, metadata=_help("clip gradients to this norm; 0: no clipping"))
     mixed_precision: Literal["no", "bf16"] | None = field(
         default=None, metadata=_help("default: what accelerate is configured to")

@@ -36,7 +36,9 @@ class SpeedOptions:
         ],
         metadata={"help": "YAML files of synthetic.py."},
     )
-    presets: list[str] = field(default_factory=lambda: ["asentmax", "softmax"], metadata={"help": "Attention."})
+    presets: list[str] = field(
+        default_factory=lambda: ["asentmax", "softmax"], metadata={"help": "Kinds of attention to time."}
+    )
     batch_sizes: list[int] = field(default_factory=lambda: [128, 512], metadata={"help": "Rows per step."})
     steps: int = field(default=50, metadata={"help": "Steps that are timed."})
     compile: bool = field(default=False, metadata={"help": "On a GPU: time compiled steps too."})
