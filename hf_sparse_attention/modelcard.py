@@ -149,7 +149,7 @@ def replace_results(card: ModelCard, results: Sequence[Measurement], repo_id: st
         if old is None:
             raise ValueError("the card has no from_pretrained(...)")
         name = repo_id.rstrip("/").rsplit("/", 1)[-1]
-        text = text.replace(f'"{old[1]}"', f'"{repo_id}"').replace(f"# {card.data.model_name}\n", f"# {name}\n")
+        text = text.replace(f'"{old[1]}"', f'"{repo_id}"').replace(f"# {card.data.model_name}\n", f"# {name}\n", 1)
         card.data.model_name = name
     card.data.eval_results = [result.eval_result() for result in results]
     card.text = text

@@ -85,3 +85,6 @@ def test_stock_model_without_results():
     assert "2.50 billion parameters and the stock attention" in card.text
     assert "Nothing measured yet." in card.text
     assert "model-index" not in card.content
+    # It loads without this package.
+    assert "hf_sparse_attention" not in card.text
+    assert "```python\nfrom transformers import" in card.text

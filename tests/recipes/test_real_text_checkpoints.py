@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -61,3 +62,12 @@ def test_a_card_has_the_numbers_of_its_run(name):
             for length, column in zip(part["protocol"]["lengths"], zip(*grid, strict=True), strict=True):
                 assert shown[f"{task}-{length}"] == pytest.approx(sum(column) / len(column))
     assert f'from_pretrained("model_cards/real_text/{name}")' in card.text
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_snippet_of_a_card_runs(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = (CHECKPOINTS / name / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(snippet, {})
+    assert re.search(r"Once upon a time\W+\w+", capsys.readouterr().out)

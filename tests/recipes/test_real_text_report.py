@@ -104,6 +104,8 @@ def test_committed_tables_are_those_of_the_committed_runs(name):
     written = json.loads((folder / "real_text.json").read_text(encoding="utf-8"))
     table = recipe.all_tables(written["runs"], written["reference"])
     assert table.strip() == (folder / "real_text.md").read_text(encoding="utf-8").strip()
+    pictured = [path.stem.removeprefix("analysis_") for path in folder.glob("analysis_*.png")]
+    assert [name for name in pictured if written["runs"][f"{name}_s0"]["analysis"] is None] == []
 
 
 def test_a_variant_that_is_not_there_cannot_be_pictured(tmp_path, report):
