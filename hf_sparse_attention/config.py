@@ -129,10 +129,6 @@ class SparseAttentionConfig:
         _check_choice("preset", preset, tuple(PRESETS))
         return dataclasses.replace(self, preset=preset, **PRESETS[preset])
 
-    @property
-    def removes_rope(self) -> bool:
-        return self.position_encoding != "model"
-
     def check_sizes(self, num_heads: int, num_layers: int) -> None:
         """Raise ValueError for more ALiBi heads or layers than a model has."""
         self.num_alibi_heads(num_heads)

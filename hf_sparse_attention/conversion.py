@@ -137,13 +137,19 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
 
 
 def revert(model: nn.Module, attn_implementation: str = "sdpa") -> None:
-    """Undo :func:`convert`: remove the added parameters and hooks and go back to another attention implementation."""
+    """Undo :func:`convert`: remove the added parameters and hooks and go back to another attention implementation.
+
+    Raises:
+        ValueError: the model has no sparse attention, an adapter holds its length scale, or transformers does not know
+            ``attn_implementation``. The model is left unchanged.
+    """
     if attn_implementation in PRESETS:
         raise ValueError(f"revert goes back to transformers' own attention; use convert for {attn_implementation!r}.")
     base = _pretrained(model)
     config = text_config(base.config)
     if not any(is_attached(module) for module in base.modules()):
         raise ValueError(f"{type(base).__name__} has no sparse attention to remove.")
+    attn_implementation = base.get_correct_attn_implementation(attn_implementation)
     detach(base)
     _set_implementation(base, config, attn_implementation)
     for owner in (config, base.config):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import PRESETS, SparseAttentionConfig
 from .conversion import text_config
@@ -90,15 +90,24 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
     Raises:
         ValueError: the model has no sparse attention, or alpha does not fit its preset.
     """
-    config = text_config(model.config)
-    if config.sparse_attention is None or config._attn_implementation not in PRESETS:
-        raise ValueError(f"{type(model).__name__} has no sparse attention whose alpha could be set")
+    config = _sparse_config(model)
     config.sparse_attention = SparseAttentionConfig.from_dict(config.sparse_attention, alpha=alpha).to_dict()
 
 
 def get_alpha(model: nn.Module) -> float:
-    """The entmax exponent that the model computes with."""
-    return text_config(model.config).sparse_attention["alpha"]
+    """The entmax exponent that the model computes with.
+
+    Raises:
+        ValueError: the model has no sparse attention.
+    """
+    return _sparse_config(model).sparse_attention["alpha"]
+
+
+def _sparse_config(model: nn.Module) -> PreTrainedConfig:
+    config = text_config(model.config)
+    if config.sparse_attention is None or config._attn_implementation not in PRESETS:
+        raise ValueError(f"{type(model).__name__} has no sparse attention, and so no alpha")
+    return config
 
 
 class AlphaSchedule:
@@ -148,10 +157,10 @@ class AlphaScheduleCallback(TrainerCallback):
     """:class:`AlphaSchedule` for ``transformers.Trainer``; checkpoints within the ramp hold the alpha of their step.
 
     Args:
+        model: the model that will be trained.
         steps: length of the ramp in optimizer steps.
         target: alpha at its end; None takes the alpha of the model's config when the callback is made.
         start, update_every: see :class:`AlphaSchedule`.
-        model: the model that will be trained.
     """
 
     def __init__(

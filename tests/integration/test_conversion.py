@@ -109,6 +109,16 @@ def test_convert_refuses_what_it_cannot_patch():
         revert(tiny_model(), "softmax")
 
 
+def test_revert_to_what_transformers_does_not_know_changes_nothing():
+    model = tiny_model()
+    (row,) = prompts(9)
+    before, config = alone(model, row), model.config.to_dict()
+    with pytest.raises(ValueError, match="sdpaa"):
+        revert(model, "sdpaa")
+    assert torch.equal(alone(model, row), before)
+    assert model.config.to_dict() == config
+
+
 def test_convert_through_a_peft_wrapper():
     model = get_peft_model(AutoModelForCausalLM.from_config(tiny_config()), LoraConfig(target_modules=["q_proj"]))
     new = convert(model)

@@ -237,5 +237,6 @@ class TestAlphaSchedule:
             AlphaSchedule(self.patched(), target=1.5, steps=0)
         with pytest.raises(ValueError, match=r"alpha is 2\.5"):
             AlphaSchedule(self.patched(), target=2.5, steps=3)
-        with pytest.raises(ValueError, match="has no sparse attention"):
-            AlphaSchedule(AutoModelForCausalLM.from_config(tiny_config()), target=1.5, steps=3)
+        for target in (1.5, None):
+            with pytest.raises(ValueError, match="LlamaForCausalLM has no sparse attention"):
+                AlphaSchedule(AutoModelForCausalLM.from_config(tiny_config()), target=target, steps=3)
