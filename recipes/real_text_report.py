@@ -78,10 +78,12 @@ def write_report(args: ReportArguments) -> None:
             for variant, measured in ((name, shown[name]) for name in args.pictured or shown)
         }
         plot_perplexity(temporary / "perplexity.png", curves, train_length, first["unigram_perplexity"])
-        pictured = args.pictured or [variant for variant, measured in shown.items() if measured.needles]
+        pictured = [variant for variant in args.pictured or shown if shown[variant].needles]
         grids = {variant: heat_maps(shown[variant]) for variant in pictured}
         if grids:
-            lengths = sorted(next(iter(shown[pictured[0]].needles.values())))
+            lengths = sorted(
+                {length for name in pictured for found in shown[name].needles.values() for length in found}
+            )
             plot_needles(temporary / "needles.png", grids, lengths, needle_depths(runs), train_length)
 
     written = replace_files(Path(args.output_dir), write)

@@ -115,7 +115,7 @@ def _setting(run: Mapping[str, Any], name: str) -> Any:
 
 
 def cells_of(run: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
-    """Measured cells by multiple of the training length; a length after one of zeros counts as zero."""
+    """Measured cells by multiple of the training length."""
     longest = run["train_lengths"][1]
     return {cell["length"] / longest: cell for cell in run.get("evaluation", {}).get("cells", [])}
 
@@ -160,10 +160,19 @@ def write_report(folder: Path) -> str:
 
 
 def plot(path: Path, grouped: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
-    """Exact match against the multiple of the training length above, the loss curves below; a column per task."""
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(n for v in grouped.values() for n in v))}
-    figure, (above, below) = figure_grid(2, len(grouped), width=1.0 + 3.6 * len(grouped), height=6.0)
+    """Exact match against the multiple of the training length above, the loss curves below; a column per task.
+
+    A variant has one colour in all columns, or, where there are too many, one within each.
+    """
+    from matplotlib import colormaps
+
+    palette = (*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2])
+    names = list(dict.fromkeys(name for variants in grouped.values() for name in variants))
+    legend = 0.13 * max(map(len, grouped.values()))
+    figure, (above, below) = figure_grid(2, len(grouped), width=1.0 + 3.6 * len(grouped), height=6.0 + legend)
     for upper, lower, (task, variants) in zip(above, below, grouped.items()):
+        order = names if len(names) <= len(palette) else list(variants)
+        colours = {name: palette[order.index(name) % len(palette)] for name in variants}
         for name, runs in variants.items():
             for number, run in enumerate(runs):
                 style = {"color": colours[name], "label": name if number == 0 else None}
@@ -185,7 +194,8 @@ def plot(path: Path, grouped: Mapping[str, Mapping[str, Sequence[Mapping[str, An
         upper.xaxis.set_major_formatter("{x:g}x")
         upper.set_ylim(-3, 103)
         upper.set_title(task, fontsize=10)
-        upper.legend(frameon=False, fontsize=6)
+        # Below the axes: lines cross all of them.
+        upper.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         upper.set_xlabel("multiple of the training length", fontsize=8)
         lower.set_yscale("log")
         lower.set_xlabel("samples seen (millions)", fontsize=8)

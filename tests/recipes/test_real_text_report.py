@@ -115,6 +115,16 @@ def test_a_variant_that_is_not_there_cannot_be_pictured(tmp_path, report):
     assert list((tmp_path / "report").iterdir()) == []
 
 
+def test_a_pictured_variant_without_needles_has_no_heat_map(tmp_path, report, monkeypatch):
+    write(tmp_path / "runs" / "mine_s0", [2.0, 1.0])
+    write(tmp_path / "runs" / "other_s0", [2.0, 1.0], [[1.0, 0.5], [0.5, 0.0]])
+    drawn = {}
+    monkeypatch.setattr(recipe, "plot_needles", lambda path, grids, *others: drawn.update(grids))
+    monkeypatch.setattr(recipe, "replace_files", lambda folder, write: write(tmp_path / "report") or [])
+    report("--pictured", "mine", "other")
+    assert list(drawn) == ["other"]
+
+
 @pytest.mark.parametrize(("losses", "panels"), [([2.0, 3.0], 2), ([2.0, 30.0], 3)])
 def test_curves_far_apart_get_a_panel_for_the_lowest(tmp_path, monkeypatch, losses, panels):
     drawn = []

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import synthetic_report
 import synthetic_suite as suite
 import torch
 from synthetic_model import build_model
@@ -195,6 +196,17 @@ def test_report_reads_the_folders(tmp_path):
     assert "ASEntmax (NAPE)" in text
     assert "Softmax (NAPE)" in text
     assert (tmp_path / "synthetic.png").stat().st_size > 10_000
+
+
+def test_no_two_curves_of_a_task_have_one_colour(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(synthetic_report, "save_figure", lambda figure, path: drawn.append(figure))
+    run = fake_run("asentmax", [1.0, 0.5])
+    for count in (3, 13):
+        names = [[f"{task}{i}" for i in range(count)] for task in "ab"]
+        synthetic_report.plot(tmp_path / "unused.png", {task[0][0]: dict.fromkeys(task, [run]) for task in names})
+        for axes in drawn.pop().axes:
+            assert len({line.get_color() for line in axes.lines}) == len(axes.lines) == count
 
 
 def test_differently_trained_runs_are_not_seeds(tmp_path):
