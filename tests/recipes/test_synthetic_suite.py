@@ -203,8 +203,8 @@ def test_no_two_curves_of_a_task_have_one_colour(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic_report, "save_figure", lambda figure, path: drawn.append(figure))
     run = fake_run("asentmax", [1.0, 0.5])
     for count in (3, 13):
-        names = [[f"{task}{i}" for i in range(count)] for task in "ab"]
-        synthetic_report.plot(tmp_path / "unused.png", {task[0][0]: dict.fromkeys(task, [run]) for task in names})
+        grouped = {task: {f"{task}{i}": [run] for i in range(count)} for task in "ab"}
+        synthetic_report.plot(tmp_path / "unused.png", grouped)
         for axes in drawn.pop().axes:
             assert len({line.get_color() for line in axes.lines}) == len(axes.lines) == count
 
