@@ -92,7 +92,9 @@ def parse_mapping(name: str, value: str | dict | None) -> dict[str, Any] | None:
     return parsed
 
 
-def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None):
+def parse_arguments(
+    *dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
     """Fill the dataclasses from ``[config.yaml] [--option value ...]``; flags override the file.
 
     Prints a one-line message naming the file and option and exits with status 2 when something is wrong.
@@ -109,7 +111,7 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None, d
         raise SystemExit(2) from error
 
 
-def parse(*dataclass_types: type, argv: Sequence[str], description: str | None = None):
+def parse(*dataclass_types: type, argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
     """As `parse_arguments`, raising ArgumentError instead of leaving the program."""
     parser = _Parser(
         dataclass_types,

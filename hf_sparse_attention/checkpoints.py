@@ -45,6 +45,7 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
 
 
 def checkpoint_name(step: int) -> str:
+    """Name of the folder of the checkpoint after ``step`` optimizer steps."""
     return f"checkpoint-{step:08d}"
 
 

@@ -104,8 +104,15 @@ class SparseAttentionConfig:
             raise _error("alibi_layers", self.alibi_layers, "0 unless position_encoding is nape")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | SparseAttentionConfig | None = None, **overrides: Any):
-        """Build from a mapping, naming any field that does not exist."""
+    def from_dict(
+        cls, values: Mapping[str, Any] | SparseAttentionConfig | None = None, **overrides: Any
+    ) -> SparseAttentionConfig:
+        """Build from a mapping, with ``overrides`` on top.
+
+        Raises:
+            ValueError: a field does not exist or is out of range; the message names it.
+            TypeError: ``values`` is not a mapping.
+        """
         if isinstance(values, SparseAttentionConfig):
             values = values.to_dict()
         merged = merge_settings(values, overrides)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from hf_sparse_attention import PRESETS, convert
 from hf_sparse_attention.analysis import analyze, attention_map, by_head_type
@@ -172,7 +175,9 @@ def analyze_checkpoints(args: AnalyzeArguments, accelerator: Accelerator) -> Non
     print(f"\n{table}\n\nWritten: {', '.join(str(folder / name) for name in written)}")
 
 
-def read_documents(args: AnalyzeArguments, texts, tokenizer) -> list[list[int]]:
+def read_documents(
+    args: AnalyzeArguments, texts: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     """The first documents that are long enough, cut; with the special tokens that the tokenizer adds itself."""
     least = args.max_length if args.min_length is None else args.min_length
     documents = []

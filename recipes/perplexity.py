@@ -19,6 +19,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.checkpoints import locked_folder
@@ -197,7 +198,7 @@ def evaluate(args: PerplexityArguments, accelerator: Accelerator) -> None:
         save(args, accelerator, protocol, results, unigram_perplexity([documents[i] for i in sorted(used)]))
 
 
-def shared_tokenizer(specs: list[CheckpointSpec], override: str | None):
+def shared_tokenizer(specs: list[CheckpointSpec], override: str | None) -> PreTrainedTokenizerBase:
     """The one tokenizer of all models: perplexities per token compare only with the same tokens."""
     tokenizer = load_tokenizer(specs[0], override)
     for spec in specs[1:]:
@@ -209,7 +210,7 @@ def shared_tokenizer(specs: list[CheckpointSpec], override: str | None):
     return tokenizer
 
 
-def bos_id(tokenizer, choice: str) -> int | None:
+def bos_id(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
     if choice == "no":
         return None
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -218,7 +219,7 @@ def bos_id(tokenizer, choice: str) -> int | None:
     return tokenizer.bos_token_id if choice == "yes" or adds_bos else None
 
 
-def read_documents(args: PerplexityArguments, tokenizer) -> list[list[int]]:
+def read_documents(args: PerplexityArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     dataset = load_documents(args.data, text_field=args.text_field, split=args.split, subset=args.subset)
     if args.max_documents is not None:
         dataset = dataset.take(args.max_documents)

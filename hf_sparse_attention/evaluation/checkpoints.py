@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_sparse_attention  # noqa: F401  (registers the attention implementations)
 from hf_sparse_attention import loading
@@ -64,7 +64,7 @@ def parse_specs(models: Sequence[str], rope_scaling: Sequence[str] = ("none",)) 
     return specs
 
 
-def load_config(spec: CheckpointSpec):
+def load_config(spec: CheckpointSpec) -> PreTrainedConfig:
     """The model config of a checkpoint folder or Hub name."""
     _check_folder(spec)
     try:

@@ -76,6 +76,8 @@ class PerplexityPlan:
 
 @dataclass(frozen=True)
 class Window:
+    """Where the targets of one window end: at token ``end`` of a document."""
+
     document: int
     end: int  # exclusive
     whole: bool  # overlaps no other whole window, so that losses by position count no token twice

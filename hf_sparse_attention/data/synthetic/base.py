@@ -152,6 +152,7 @@ def symbols(count: int, shape: tuple[int, ...], generator: torch.Generator | Non
 
 
 def check_count(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless the option ``name`` of a task is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}; allowed: an integer of at least {least}.")
 
