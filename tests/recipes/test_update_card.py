@@ -1,7 +1,6 @@
 """Measured numbers go into a checkpoint's card, and nothing else of it changes."""
 
 import json
-import sys
 
 import pytest
 import update_card as recipe
@@ -83,7 +82,7 @@ def test_another_place_to_load_from(model, perplexity):
     assert "outputs/model" not in card.text
 
 
-def test_what_is_missing_is_named(model, perplexity, needle, tmp_path, capsys):
+def test_what_is_missing_is_named(model, perplexity, needle, tmp_path):
     content = (model / "README.md").read_bytes()
     odd = write(tmp_path / "analysis.json", {"mine": {"layers": []}})
     for flags, message in (
@@ -106,12 +105,3 @@ def test_a_card_of_another_make_is_refused():
     card = ModelCard("---\nlibrary_name: transformers\n---\n# mine\n\nNothing here.\n")
     with pytest.raises(ValueError, match="no section '## Results'"):
         replace_results(card, [])
-
-
-def test_help_says_what_each_flag_is(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["update_card.py", "--help"])
-    with pytest.raises(SystemExit):
-        recipe.main()
-    shown = capsys.readouterr().out
-    for name in ("--model", "--measured", "--label", "--repo_id"):
-        assert name in shown
