@@ -19,7 +19,6 @@ from torch import Tensor
 from . import __version__
 from .ops import sparse_attention
 from .ops.dispatch import choose_backend
-from .ops.visibility import Visibility
 
 PACKAGES = ("torch", "transformers", "triton", "entmax")
 BACKENDS = ("triton", "chunked", "reference")
@@ -147,7 +146,7 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, has_mask: bool 
     query, key, value = _inputs(device, dtype)[:3]
     mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=device) if has_mask else None
     call = {"alpha": 1.5, "key_positions": None, "top_k": None, "dropout_p": 0.0, "return_weights": False}
-    return choose_backend(impl, query, key, value, visibility=Visibility(None, None, mask), **{**call, **arguments})
+    return choose_backend(impl, query, key, value, attention_mask=mask, **{**call, **arguments})
 
 
 def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:

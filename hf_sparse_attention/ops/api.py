@@ -105,6 +105,18 @@ def sparse_attention(
 
     if attention_mask is not None:
         attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
+    backend = choose_backend(
+        impl,
+        query,
+        key,
+        value,
+        alpha=alpha,
+        attention_mask=attention_mask,
+        key_positions=key_positions,
+        top_k=top_k,
+        dropout_p=dropout_p,
+        return_weights=return_weights,
+    )
     visibility = resolve_visibility(
         query,
         key,
@@ -114,6 +126,8 @@ def sparse_attention(
         cu_seqlens=cu_seqlens,
         key_start=key_start,
         key_end=key_end,
+        # The Triton kernels clamp what they read: up to two launches less.
+        clamp=backend != "triton",
     )
     arguments: dict[str, Any] = {
         "alpha": alpha,
@@ -126,7 +140,6 @@ def sparse_attention(
         "top_k": top_k,
         "dropout_p": dropout_p,
     }
-    backend = choose_backend(impl, query, key, value, return_weights=return_weights, **arguments)
     if backend == "reference":
         output, weights = reference_attention(query, key, value, **arguments)
         return (output, weights) if return_weights else output

@@ -22,12 +22,11 @@ def choose_backend(
     value: Tensor,
     *,
     alpha: float,
-    visibility: Visibility,
+    attention_mask: Tensor | None,
     key_positions: Tensor | None,
     top_k: int | None,
     dropout_p: float,
     return_weights: bool,
-    **_: Any,
 ) -> str:
     """The name of the backend, "triton", "chunked" or "reference", for validated arguments of ``sparse_attention``.
 
@@ -46,7 +45,9 @@ def choose_backend(
     backend = "reference" if return_weights else "chunked"
     if impl == "auto" and not query.is_cuda:
         return backend
-    reason = _triton_obstacle(query, key, value, alpha, visibility, key_positions, top_k, dropout_p, return_weights)
+    reason = _triton_obstacle(
+        query, key, value, alpha, attention_mask, key_positions, top_k, dropout_p, return_weights
+    )
     if reason is None:
         return "triton"
     if impl == "triton":
@@ -82,7 +83,7 @@ def _triton_obstacle(
     key: Tensor,
     value: Tensor,
     alpha: float,
-    visibility: Visibility,
+    attention_mask: Tensor | None,
     key_positions: Tensor | None,
     top_k: int | None,
     dropout_p: float,
@@ -95,7 +96,7 @@ def _triton_obstacle(
         "return_weights": return_weights,
         "top_k": top_k is not None,
         "dropout_p": dropout_p > 0.0,
-        "attention_mask": visibility.attention_mask is not None,
+        "attention_mask": attention_mask is not None,
         "key_positions": key_positions is not None,
     }
     if any(unsupported.values()):

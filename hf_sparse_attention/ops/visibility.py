@@ -11,9 +11,9 @@ from torch import Tensor
 class Visibility(NamedTuple):
     """Keys visible to each query: ``key_start <= j < key_end`` and ``attention_mask[..., j]``.
 
-    ``key_start`` and ``key_end`` are int32 of shape (B or 1, Lq) within [0, Lk], or None for "from the first key" and
-    "to the last key". A range whose end is not after its start is empty. ``attention_mask`` is a bool of four
-    dimensions broadcastable to (B, Hq, Lq, Lk), or None.
+    ``key_start`` and ``key_end`` are int32 of shape (B or 1, Lq), within [0, Lk] if they were clamped, or None for
+    "from the first key" and "to the last key". A range whose end is not after its start is empty. ``attention_mask``
+    is a bool of four dimensions broadcastable to (B, Hq, Lq, Lk), or None.
     """
 
     key_start: Tensor | None
@@ -48,6 +48,7 @@ def resolve_visibility(
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
+    clamp: bool = True,
 ) -> Visibility:
     """Collapse every kind of visibility to a :class:`Visibility`; all given conditions hold together.
 
@@ -60,6 +61,7 @@ def resolve_visibility(
         cu_seqlens: int (documents + 1,), ascending from 0 to Lk: boundaries of packed documents.
         key_start: int (B or 1, Lq), first visible key.
         key_end: int (B or 1, Lq), one past the last visible key.
+        clamp: False where what reads the ranges bears bounds outside of [0, Lk].
     """
     query_length, key_length = query.shape[2], key.shape[2]
     starts: list[Tensor] = [] if key_start is None else [key_start]
@@ -84,16 +86,20 @@ def resolve_visibility(
         ends.append(padded[document][None])
 
     return Visibility(
-        _combine(starts, torch.maximum, key_length), _combine(ends, torch.minimum, key_length), attention_mask
+        _combine(starts, torch.maximum, key_length, clamp),
+        _combine(ends, torch.minimum, key_length, clamp),
+        attention_mask,
     )
 
 
-def _combine(bounds: list[Tensor], tightest, key_length: int) -> Tensor | None:
+def _combine(bounds: list[Tensor], tightest, key_length: int, clamp: bool) -> Tensor | None:
     if not bounds:
         return None
     result = bounds[0]
     for bound in bounds[1:]:
         result = tightest(result.to(torch.int64), bound.to(torch.int64))
+    if result.dtype == torch.int32 and not clamp:
+        return result
     return result.clamp(0, key_length).to(torch.int32)
 
 

@@ -139,6 +139,33 @@ assert not near((heads(64, 64),), 2**31)
     )
 
 
+def test_ranges_beyond_the_keys_are_clamped():
+    interpret(
+        """
+from hf_sparse_attention.ops import sparse_attention
+limits = torch.iinfo(torch.int32)
+for length, training in ((40, True), (5, False)):
+    i = make_inputs(Case(length, 50, 2, 1, scores='sharp'))
+    index = torch.arange(length, dtype=torch.int32)[None]
+    start = torch.where(index % 3 == 0, limits.min, index - 3)
+    end = torch.where(index % 5 == 0, limits.max, index + 7)
+    start, end = torch.where(index % 7 == 1, -9, start), torch.where(index % 7 == 1, -4, end)
+    start, end = torch.where(index % 7 == 2, 60, start), torch.where(index % 7 == 2, 70, end)
+    found = []
+    for given in ((start, end), (start.clamp(0, 50), end.clamp(0, 50)), (start.long(), end.long())):
+        with torch.set_grad_enabled(training):
+            out = sparse_attention(i.query, i.key, i.value, key_start=given[0], key_end=given[1], impl="triton")
+        gradients = torch.autograd.grad(out, (i.query, i.key, i.value), i.grad) if training else ()
+        found.append((out, *gradients))
+    exact = sparse_attention(i.query, i.key, i.value, key_start=start, key_end=end, impl="reference")
+    torch.testing.assert_close(found[0][0], exact, atol=1e-4, rtol=1e-4)
+    assert not exact[:, :, 1:3].any() and exact[:, :, 3].any()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+"""
+    )
+
+
 def test_nan_in_a_query_is_not_hidden():
     interpret(
         """
