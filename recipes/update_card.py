@@ -58,17 +58,22 @@ def measurements(path: Path, label: str | None) -> list[Measurement]:
         protocol, checkpoints = content["protocol"], content["checkpoints"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"measured: {path} is not a perplexity.json or needle.json ({error!r})") from error
+    if not checkpoints:
+        raise ArgumentError(f"measured: {path} has no checkpoints")
     if label is None and len(checkpoints) > 1:
         raise ArgumentError(f"label: {path} has {', '.join(checkpoints)}; say which of them is the model")
     name = label or next(iter(checkpoints))
     if name not in checkpoints:
         raise ArgumentError(f"label: {path} has {', '.join(checkpoints)}, not {name}")
     found = checkpoints[name]
-    if "by_length" in found:
-        data = ", ".join(Path(source).name for source in content["run"]["settings"]["data"])
-        return perplexities(found, protocol, data)
-    if "recall_by_length" in found:
-        return needles(found, protocol)
+    try:
+        if "by_length" in found:
+            data = ", ".join(Path(source).name for source in content["run"]["settings"]["data"])
+            return perplexities(found, protocol, data)
+        if "recall_by_length" in found:
+            return needles(found, protocol)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(f"measured: {path} is not complete ({error!r})") from error
     raise ArgumentError(f"measured: {path} has neither perplexities nor needles of {name}")
 
 

@@ -85,10 +85,14 @@ def test_another_place_to_load_from(model, perplexity):
 def test_what_is_missing_is_named(model, perplexity, needle, tmp_path):
     content = (model / "README.md").read_bytes()
     odd = write(tmp_path / "analysis.json", {"mine": {"layers": []}})
+    cut = write(tmp_path / "cut.json", {"mine": {"by_length": {}}})
+    empty = write(tmp_path / "empty.json", {})
     for flags, message in (
         ([needle], "mine, other; say which"),
         ([perplexity, "--label", "yours"], "has mine, not yours"),
         ([odd], "neither perplexities nor needles of mine"),
+        ([cut], "cut.json is not complete (KeyError('run'))"),
+        ([empty], "empty.json has no checkpoints"),
         ([str(tmp_path / "nothing.json")], "nothing.json is not a perplexity.json or needle.json"),
         ([str(model / "README.md")], "README.md is not a perplexity.json"),
     ):
