@@ -133,7 +133,9 @@ def sparse_attention_forward(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     num_queries = query.shape[2]
-    if attention_mask is None and causal and num_queries > 1:
+    # Traced code takes the slice without asking for lengths; elsewhere it takes as long as a launch, for nothing.
+    may_be_longer = torch.compiler.is_compiling() or key.shape[2] > num_queries
+    if attention_mask is None and causal and num_queries > 1 and may_be_longer:
         # The prefill of a static cache: the rest of its slots are empty, and queries are aligned to the first keys.
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     visible = visibility(
