@@ -76,8 +76,10 @@ def triton_attention(
         value = pad(value, (0, -value_dim % 8))
     inputs = [query, key, value, *(t for t in (query_scale, slopes) if t is not None)]
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    # The kernels read both ranges with one stride.
-    key_start, key_end = (t.to(torch.int32).contiguous() for t in torch.broadcast_tensors(key_start, key_end))
+    if key_start.shape != key_end.shape:
+        # The kernels read both ranges with one stride.
+        key_start, key_end = torch.broadcast_tensors(key_start, key_end)
+    key_start, key_end = (t.to(torch.int32).contiguous() for t in (key_start, key_end))
     if query_positions is not None:
         query_positions = query_positions.to(torch.int32).contiguous()
     query_scale, slopes = (None if t is None else t.contiguous() for t in (query_scale, slopes))

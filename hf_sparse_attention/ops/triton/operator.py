@@ -86,7 +86,7 @@ def forward(
     if out.numel() == 0:
         return out, *(state if training else _no_state(state))
 
-    scale, reference, offset, inverse = rows
+    scale, reference, offset, inverse = rows.unbind()
     common = {
         "D": geometry.dim, "DP": padded(geometry.dim), "BM": tiles.rows,
         "HAS_SCALE": query_scale is not None, "HAS_SLOPES": slopes is not None,
@@ -96,6 +96,8 @@ def forward(
     ranges = (row_stride(key_start), 0 if query_positions is None else row_stride(query_positions))
     places = (*ranges, *geometry.sizes(), geometry.heads_at_once)
     visible = (key_start, key_end, query_positions)
+    strides = strides_of(query, key, value)
+    score_strides = strides[:6]
     grid = (q_tiles * heads, 1, 1)
     if not sparse:
         if training:
@@ -104,7 +106,7 @@ def forward(
         launch(
             softmax_forward_kernel, grid,
             (query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags),
-            (*strides_of(query, key, value), *places, scaling),
+            (*strides, *places, scaling),
             EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
         )  # fmt: skip
         return out, *(state if training else _no_state(state))
@@ -124,20 +126,20 @@ def forward(
         sweep_kernel, grid,
         (query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
          lists, excess, scratch, counts, flags),
-        (*strides_of(query, key), *places, *factors), KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
+        (*score_strides, *places, *factors), KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
         **common, **tiles.sweep.options(),
     )  # fmt: skip
     launch(
         solve_kernel, grid,
         (query, key, query_scale, slopes, *visible, reference, offset, start, flatness, lists, counts),
-        (*strides_of(query, key), *places, *factors, limits[query.dtype]),
+        (*score_strides, *places, *factors, limits[query.dtype]),
         KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
     )  # fmt: skip
     launch(
         output_kernel, grid,
         (query, key, value, query_scale, slopes, *visible, reference, offset, scale, inverse,
          out, mean, lists, counts, flags),
-        (*strides_of(query, key, value), *places, *factors),
+        (*strides, *places, *factors),
         KIND=kind, EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
     )  # fmt: skip
     return out, *(state if training else _no_state(state))
@@ -305,7 +307,7 @@ def backward(
     strides, sizes = strides_of(query, key, value, grad), geometry.sizes()
     launch(
         query_gradient_kernel, (q_tiles * heads, 1, 1),
-        (query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows,
+        (query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows.unbind(),
          lists, counts, vectors, grad_query, grad_scale, slope_rows),
         (*strides, row_stride(key_start), position_stride, *sizes, geometry.heads_at_once, scaling, unit, beta),
         BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient,
