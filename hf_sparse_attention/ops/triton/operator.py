@@ -18,7 +18,6 @@ from .decode import (
     decode_threshold_kernel,
 )
 from .geometry import Geometry, aligned, ceil_div, list_dtype, near, row_stride, strides_of, tokens_first
-from .launch import launch
 from .output import output_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
@@ -98,15 +97,14 @@ def forward(
     visible = (key_start, key_end, query_positions)
     strides = strides_of(query, key, value)
     score_strides = strides[:6]
-    grid = (q_tiles * heads, 1, 1)
+    grid = (q_tiles * heads,)
     if not sparse:
         if training:
             inverse.fill_(1.0)
             flags.zero_()
-        launch(
-            softmax_forward_kernel, grid,
-            (query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags),
-            (*strides, *places, scaling),
+        softmax_forward_kernel[grid](
+            query, key, value, query_scale, slopes, *visible, out, scale, reference, offset, lists, counts, flags,
+            *strides, *places, scaling,
             EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
         )  # fmt: skip
         return out, *(state if training else _no_state(state))
@@ -122,24 +120,20 @@ def forward(
     start, flatness = scale, inverse
     excess = rows.new_empty(heads, q_tiles, k_tiles)
     scratch = rows.new_empty(heads, q_tiles, tiles.rows // ROW_GROUP.value, min(k_tiles, CHUNK.value))
-    launch(
-        sweep_kernel, grid,
-        (query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
-         lists, excess, scratch, counts, flags),
-        (*score_strides, *places, *factors), KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
+    sweep_kernel[grid](
+        query, key, query_scale, slopes, norms, *visible, reference, offset, start, flatness,
+        lists, excess, scratch, counts, flags,
+        *score_strides, *places, *factors, KIND=kind, SAMPLE=_SAMPLE, TRAINING=training,
         **common, **tiles.sweep.options(),
     )  # fmt: skip
-    launch(
-        solve_kernel, grid,
-        (query, key, query_scale, slopes, *visible, reference, offset, start, flatness, lists, counts),
-        (*score_strides, *places, *factors, limits[query.dtype]),
+    solve_kernel[grid](
+        query, key, query_scale, slopes, *visible, reference, offset, start, flatness, lists, counts,
+        *score_strides, *places, *factors, limits[query.dtype],
         KIND=kind, EXACT=geometry.exact, **common, **tiles.solve.options(tiles.columns),
     )  # fmt: skip
-    launch(
-        output_kernel, grid,
-        (query, key, value, query_scale, slopes, *visible, reference, offset, scale, inverse,
-         out, mean, lists, counts, flags),
-        (*strides, *places, *factors),
+    output_kernel[grid](
+        query, key, value, query_scale, slopes, *visible, reference, offset, scale, inverse,
+        out, mean, lists, counts, flags, *strides, *places, *factors,
         KIND=kind, EXACT=geometry.exact, **values, **common, **tiles.output.options(tiles.columns),
     )  # fmt: skip
     return out, *(state if training else _no_state(state))
@@ -200,15 +194,15 @@ def decode(
     group, kind = q_heads // k_heads, _kind(alpha)
     rows = group * q_len
     geometry = Geometry(query, key, value, tiling(max(dim, value_dim), query.dtype))
-    settings = decode_launch(max(dim, value_dim), query.dtype)
+    launch = decode_launch(max(dim, value_dim), query.dtype)
     out = tokens_first(query, q_len, q_heads, value_dim)
-    blocks = ceil_div(k_len, settings.columns)
+    blocks = ceil_div(k_len, launch.columns)
     per_split = max(1, blocks * batch * k_heads // _DECODE_PROGRAMS)
     splits = ceil_div(blocks, per_split)
     if out.numel() == 0 or k_len == 0:
         return out.zero_()
 
-    scores = out.new_empty(batch * k_heads, rows, blocks * settings.columns, dtype=torch.float32)
+    scores = out.new_empty(batch * k_heads, rows, blocks * launch.columns, dtype=torch.float32)
     block_max = scores.new_empty(batch * k_heads, rows, blocks)
     row_lists = out.new_empty(batch * k_heads, rows, blocks, dtype=torch.int32)
     lists = row_lists.new_empty(batch * k_heads, blocks)
@@ -219,32 +213,27 @@ def decode(
     beta = 1.0 if kind == SOFTMAX.value else 1.0 / unit
     limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
     common = {
-        "ROWS": max(16, triton.next_power_of_2(rows)), "BN": settings.columns, "STAGES": settings.stages,
-        "PRECISION": geometry.precision, "num_warps": settings.warps,
+        "ROWS": max(16, triton.next_power_of_2(rows)), "BN": launch.columns, "STAGES": launch.stages,
+        "PRECISION": geometry.precision, "num_warps": launch.warps,
     }  # fmt: skip
-    position_stride = 0 if query_positions is None else row_stride(query_positions)
-    launch(
-        decode_scores_kernel, (splits, batch * k_heads, 1),
-        (query, key, query_scale, slopes, key_start, key_end, query_positions, scores, block_max),
-        (*strides_of(query, key), row_stride(key_start), position_stride,
-         q_heads, group, q_len, k_len, blocks, per_split, scaling * unit, unit), D=dim, DP=padded(dim),
+    decode_scores_kernel[(splits, batch * k_heads)](
+        query, key, query_scale, slopes, key_start, key_end, query_positions, scores, block_max,
+        *strides_of(query, key), row_stride(key_start), 0 if query_positions is None else row_stride(query_positions),
+        q_heads, group, q_len, k_len, blocks, per_split, scaling * unit, unit, D=dim, DP=padded(dim),
         HAS_SCALE=query_scale is not None, HAS_SLOPES=slopes is not None,
         HAS_POSITIONS=query_positions is not None, **common,
     )  # fmt: skip
-    launch(
-        decode_threshold_kernel, (batch * k_heads * rows, 1, 1),
-        (scores, block_max, reference, offset, row_lists), (blocks, beta, limits[query.dtype]),
-        KIND=kind, BN=settings.columns, AT_ONCE=max(1, DECODE_SCORES // settings.columns), num_warps=16,
+    decode_threshold_kernel[(batch * k_heads * rows,)](
+        scores, block_max, reference, offset, row_lists, blocks, beta, limits[query.dtype],
+        KIND=kind, BN=launch.columns, AT_ONCE=max(1, DECODE_SCORES // launch.columns), num_warps=16,
     )  # fmt: skip
-    launch(
-        decode_output_kernel, (splits, batch * k_heads, 1),
-        (value, scores, block_max, reference, offset, lists, partial, total),
-        (*strides_of(value), k_heads, rows, k_len, blocks, per_split, splits, beta),
+    decode_output_kernel[(splits, batch * k_heads)](
+        value, scores, block_max, reference, offset, lists, partial, total,
+        *strides_of(value), k_heads, rows, k_len, blocks, per_split, splits, beta,
         KIND=kind, DV=value_dim, DVP=padded(value_dim), **common,
     )  # fmt: skip
-    launch(
-        decode_combine_kernel, (batch * k_heads * rows, 1, 1), (partial, total, key_start, key_end, out),
-        (q_heads, group, q_len, k_len, splits, row_stride(key_start)),
+    decode_combine_kernel[(batch * k_heads * rows,)](
+        partial, total, key_start, key_end, out, q_heads, group, q_len, k_len, splits, row_stride(key_start),
         DV=value_dim, DVP=padded(value_dim), SPLITS=16,
     )  # fmt: skip
     return out
@@ -305,25 +294,22 @@ def backward(
     }  # fmt: skip
     position_stride = 0 if query_positions is None else row_stride(query_positions)
     strides, sizes = strides_of(query, key, value, grad), geometry.sizes()
-    launch(
-        query_gradient_kernel, (q_tiles * heads, 1, 1),
-        (query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows.unbind(),
-         lists, counts, vectors, grad_query, grad_scale, slope_rows),
-        (*strides, row_stride(key_start), position_stride, *sizes, geometry.heads_at_once, scaling, unit, beta),
+    query_gradient_kernel[(q_tiles * heads,)](
+        query, key, value, grad, mean, slopes, key_start, key_end, query_positions, *rows.unbind(),
+        lists, counts, vectors, grad_query, grad_scale, slope_rows,
+        *strides, row_stride(key_start), position_stride, *sizes, geometry.heads_at_once, scaling, unit, beta,
         BM=tiles.rows, SCALE_GRADIENT=scale_gradient, SLOPE_GRADIENT=slope_gradient,
         **common, **tiles.query.options(tiles.columns),
     )  # fmt: skip
     key_lists = lists.new_empty(heads, k_tiles, q_tiles)
     key_counts = counts.new_empty(heads, k_tiles)
     columns = 32
-    launch(
-        transpose_list_kernel, (ceil_div(k_tiles, columns), heads, 1),
-        (flags, key_lists, key_counts), (q_tiles, k_tiles), ROWS=64, COLS=columns,
-    )  # fmt: skip
-    launch(
-        key_value_gradient_kernel, (ceil_div(k_len, tiles.key.columns) * batch * k_heads, 1, 1),
-        (query, key, value, grad, slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value),
-        (*strides, position_stride, *sizes, unit, beta), TILE_M=tiles.rows, BM=tiles.key_rows,
+    transpose_list_kernel[(ceil_div(k_tiles, columns), heads)](
+        flags, key_lists, key_counts, q_tiles, k_tiles, ROWS=64, COLS=columns
+    )
+    key_value_gradient_kernel[(ceil_div(k_len, tiles.key.columns) * batch * k_heads,)](
+        query, key, value, grad, slopes, query_positions, vectors, key_lists, key_counts, grad_key, grad_value,
+        *strides, position_stride, *sizes, unit, beta, TILE_M=tiles.rows, BM=tiles.key_rows,
         NEAR=near((query, grad), q_tiles * tiles.rows * row_vectors),
         **common, **tiles.key.options(tiles.columns),
     )  # fmt: skip
