@@ -46,6 +46,42 @@ def test_kernel_table():
     assert missing == []
 
 
+def test_numbers_of_the_language_models():
+    """README's paragraph, sentence by sentence: perplexities at 1x, 8x and 32x, and needles at 8x."""
+    runs = json.loads((RESULTS / "real_text" / "real_text.json").read_text(encoding="utf-8"))["runs"]
+
+    def perplexity(label: str, *multiples: int) -> list[str]:
+        found = runs[label.split("+")[0]]["perplexity"]["checkpoints"][label]["by_length"]
+        return [f"{found[str(1024 * multiple)]['perplexity']:.1f}" for multiple in multiples]
+
+    ours, nape, alibi, rope, yarn = (
+        f"{name}_s0{scaling}"
+        for name, scaling in (
+            ("asentmax_nape_alibi3", ""),
+            ("softmax_nape", ""),
+            ("softmax_nape_alibi2", ""),
+            ("softmax_rope", ""),
+            ("softmax_rope", "+yarn"),
+        )
+    )
+    sentences = [
+        "perplexity {} at that length, {} at 8x and {} at 32x".format(*perplexity(ours, 1, 8, 32)),
+        "softmax with NAPE {}, {} and {}".format(*perplexity(nape, 1, 8, 32)),
+        "({}, {} and {} with ALiBi on all heads of the first two layers)".format(*perplexity(alibi, 1, 8, 32)),
+        "softmax with RoPE {}, with YaRN {} at 8x".format(*perplexity(rope, 1), *perplexity(yarn, 8)),
+        "perplexity grows to {} at 8x".format(*perplexity("asentmax_nape_s0", 8)),
+    ]
+    recall = next(part for part in runs[ours]["needle"] if 8192 in part["protocol"]["lengths"])
+    column = recall["protocol"]["lengths"].index(8192)
+    grids = recall["checkpoints"][ours]["recall"]
+    found = [
+        sum(row[column] for row in grids[task]) / len(grids[task]) for task in ("s_niah_1", "s_niah_2", "s_niah_3")
+    ]
+    sentences.append("{:.0f}, {:.0f} and {:.0f} % of the needles".format(*(100 * share for share in found)))
+    text = " ".join(README.split())
+    assert [sentence for sentence in sentences if sentence not in text] == []
+
+
 @pytest.mark.parametrize(
     "name", ["LICENSE", "CITATION.cff", "recipes/README.md", "model_cards/results/experiments.md"]
 )
