@@ -9,6 +9,7 @@ perplexity.json, needle.json or analysis.json. Writes real_text.json, real_text.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -79,12 +80,14 @@ def write_report(args: ReportArguments) -> None:
         }
         plot_perplexity(temporary / "perplexity.png", curves, train_length, first["unigram_perplexity"])
         pictured = [variant for variant in args.pictured or shown if shown[variant].needles]
-        grids = {variant: heat_maps(shown[variant]) for variant in pictured}
-        if grids:
+        if pictured:
             lengths = sorted(
                 {length for name in pictured for found in shown[name].needles.values() for length in found}
             )
-            plot_needles(temporary / "needles.png", grids, lengths, needle_depths(runs), train_length)
+            tasks = list(dict.fromkeys(task for name in pictured for task in shown[name].needles))
+            depths = needle_depths(runs)
+            grids = {name: heat_maps(shown[name], tasks, lengths, len(depths)) for name in pictured}
+            plot_needles(temporary / "needles.png", grids, lengths, depths, train_length)
 
     written = replace_files(Path(args.output_dir), write)
     print(f"{table}\n\nWritten to {args.output_dir}: {', '.join(written)}")
@@ -213,11 +216,14 @@ def training_table(runs: dict[str, dict[str, Any]]) -> str:
     return format_table(["run", "steps", "tokens", "tokens/s", "GB", "learning rate", "last training loss"], rows)
 
 
-def heat_maps(measured: Measured) -> dict[str, list[list[float]]]:
-    """Task to one row per depth, one column per length."""
+def heat_maps(
+    measured: Measured, tasks: Sequence[str], lengths: Sequence[int], depths: int
+) -> dict[str, list[list[float]]]:
+    """Task to one row per depth, one column per length; NaN, which is left white, where nothing was measured."""
+    blank = [math.nan] * depths
     return {
-        task: [list(row) for row in zip(*(columns[length] for length in sorted(columns)), strict=True)]
-        for task, columns in measured.needles.items()
+        task: [list(row) for row in zip(*(measured.needles.get(task, {}).get(n, blank) for n in lengths), strict=True)]
+        for task in tasks
     }
 
 

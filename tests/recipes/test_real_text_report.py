@@ -125,6 +125,13 @@ def test_a_pictured_variant_without_needles_has_no_heat_map(tmp_path, report, mo
     assert list(drawn) == ["other"]
 
 
+def test_a_heat_map_is_blank_where_nothing_was_measured():
+    longer = recipe.Measured({}, [], {"s_niah_1": {128: [1.0, 0.5]}})
+    found = recipe.heat_maps(longer, ["s_niah_1", "s_niah_2"], LENGTHS, depths=2)
+    nothing = pytest.approx(float("nan"), nan_ok=True)
+    assert found == {"s_niah_1": [[nothing, 1.0], [nothing, 0.5]], "s_niah_2": [[nothing, nothing]] * 2}
+
+
 @pytest.mark.parametrize(("losses", "panels"), [([2.0, 3.0], 2), ([2.0, 30.0], 3)])
 def test_curves_far_apart_get_a_panel_for_the_lowest(tmp_path, monkeypatch, losses, panels):
     drawn = []
