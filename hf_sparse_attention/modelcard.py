@@ -34,7 +34,6 @@ _NAMES = {
     "topk": "top-k softmax attention",
 }
 _RESULTS = re.compile(r"(^## Results\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
-_RESULTS_HEADER = "| data | metric | value | made by |\n| --- | --- | --- | --- |"
 _LOADED = re.compile(r'from_pretrained\("([^"]+)"')
 
 
@@ -125,7 +124,7 @@ def create_model_card(
             name: getattr(config, name) for name in _ARCHITECTURE_FIELDS if getattr(config, name, None) is not None
         },
         training={name: _cell(value) for name, value in training.items() if value is not None},
-        results=list(results),
+        results=_results_table(results),
     )
 
 
@@ -139,11 +138,11 @@ def replace_results(card: ModelCard, results: Sequence[Measurement], repo_id: st
     Raises:
         ValueError: the card has no section of results, or no ``from_pretrained`` to put the ``repo_id`` into.
     """
-    text, parts = card.text, _RESULTS.split(card.text)
+    parts = _RESULTS.split(card.text)
     if len(parts) != 3:
         raise ValueError("the card has no section '## Results'")
-    rows = [f"| {r.dataset} | {r.metric} | {r.value:.4g} | `{r.script}` |" for r in results]
-    text = "\n".join([f"{parts[0]}{parts[1]}", _RESULTS_HEADER, *rows, f"\n{parts[2]}"])
+    before, heading, after = parts
+    text = f"{before}{heading}\n{_results_table(results)}\n\n{after}"
     if repo_id is not None:
         old = _LOADED.search(text)
         if old is None:
@@ -154,6 +153,14 @@ def replace_results(card: ModelCard, results: Sequence[Measurement], repo_id: st
     card.data.eval_results = [result.eval_result() for result in results]
     card.text = text
     return card
+
+
+def _results_table(results: Sequence[Measurement]) -> str:
+    """One row per measurement; empty without any."""
+    if not results:
+        return ""
+    rows = [f"| {r.dataset} | {r.metric} | {r.value:.4g} | `{r.script}` |" for r in results]
+    return "\n".join(["| data | metric | value | made by |", "| --- | --- | --- | --- |", *rows])
 
 
 def _count(parameters: int) -> str:

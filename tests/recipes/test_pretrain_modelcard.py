@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from transformers import LlamaConfig
 
-from hf_sparse_attention.modelcard import Measurement, create_model_card
+from hf_sparse_attention.modelcard import Measurement, create_model_card, replace_results
 
 RESULT = Measurement(
     "perplexity", 12.3456, "some text, rows of 64 tokens", "recipes/pretrain.py", "owner/data", "test"
@@ -88,3 +88,8 @@ def test_stock_model_without_results():
     # It loads without this package.
     assert "hf_sparse_attention" not in card.text
     assert "```python\nfrom transformers import" in card.text
+
+
+def test_the_same_results_put_in_again_change_nothing(card):
+    before = card.content
+    assert replace_results(card, [RESULT]).content == before
