@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ import torch
 import transformers
 
 import hf_sparse_attention
+
+# A list of numbers as json.dumps spreads it; a newline is never inside a string of JSON.
+_NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]")
 
 
 def run_record(settings: dict[str, Any], device: torch.device, processes: int) -> dict[str, Any]:
@@ -38,11 +42,11 @@ def run_record(settings: dict[str, Any], device: torch.device, processes: int) -
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write strict JSON; an infinite or undefined number becomes null, since JSON has none."""
+    """Write strict JSON, a list of numbers on one line; an undefined or infinite number is null: JSON has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
