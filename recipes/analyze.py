@@ -30,7 +30,7 @@ from hf_sparse_attention.analysis.plots import (
 )
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.checkpoints import locked_folder
-from hf_sparse_attention.data import DataError, load_documents
+from hf_sparse_attention.data import DataError, iterate_texts, load_documents
 from hf_sparse_attention.evaluation.checkpoints import (
     DTYPES,
     CheckpointError,
@@ -182,9 +182,9 @@ def read_documents(
     least = args.max_length if args.min_length is None else args.min_length
     documents = []
     longest = 0
-    for record in texts:
+    for text in iterate_texts(texts):
         # A list of one: long texts are meant, so no warning about their length.
-        ids = tokenizer(record["text"], verbose=False)["input_ids"][: args.max_length]
+        ids = tokenizer(text, verbose=False)["input_ids"][: args.max_length]
         longest = max(longest, len(ids))
         if len(ids) >= least:
             documents.append(ids)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.checkpoints import locked_folder
-from hf_sparse_attention.data import DataError, load_documents
+from hf_sparse_attention.data import DataError, iterate_texts, load_documents
 from hf_sparse_attention.evaluation.checkpoints import (
     DTYPES,
     CheckpointError,
@@ -153,7 +153,7 @@ def evaluate(args: NeedleArguments, accelerator: Accelerator) -> None:
     train_length = args.train_length or training_length(specs)
     lengths = sorted(set(args.lengths or (round(train_length * multiple) for multiple in args.multiples)))
     depths = sorted(set(args.depths))
-    essays = "\n\n".join(record["text"] for record in load_documents(args.haystack))
+    essays = "\n\n".join(iterate_texts(load_documents(args.haystack)))
     protocol = {
         "train_length": train_length,
         "lengths": lengths,

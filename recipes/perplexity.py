@@ -226,7 +226,8 @@ def read_documents(args: PerplexityArguments, tokenizer: PreTrainedTokenizerBase
     documents = []
     # Several at a time, which fast tokenizers put on all cores.
     for batch in dataset.iter(batch_size=64):
-        ids = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        texts = [text or "" for text in batch["text"]]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         documents.extend(document[: args.max_document_tokens] for document in ids["input_ids"])
     return documents
 

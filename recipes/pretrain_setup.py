@@ -15,7 +15,14 @@ from pretrain_options import DataOptions, ModelOptions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse_attention.arguments import ArgumentError, load_yaml
-from hf_sparse_attention.data import MixedRows, PackedRows, load_documents, tokenize_documents, train_tokenizer
+from hf_sparse_attention.data import (
+    MixedRows,
+    PackedRows,
+    iterate_texts,
+    load_documents,
+    tokenize_documents,
+    train_tokenizer,
+)
 from hf_sparse_attention.evaluation.needle_tasks import NeedleFormat
 from hf_sparse_attention.evaluation.needle_training import make_training_rows
 from hf_sparse_attention.loading import check_finite, load_tokenizer, naming_broken_files
@@ -39,7 +46,7 @@ def make_tokenizer(documents: Any, options: ModelOptions) -> PreTrainedTokenizer
         return load_tokenizer(source)
     vocab_size = read_model_config(options).vocab_size
     try:
-        return train_tokenizer((record["text"] or "" for record in documents), vocab_size)
+        return train_tokenizer(iterate_texts(documents), vocab_size)
     except ValueError as error:
         raise ArgumentError(f"{options.model_config}: {error}") from error
 
@@ -154,8 +161,8 @@ def training_rows(
     if not options.retrieval_fraction:
         return rows
     source = documents if options.retrieval_text is None else load_documents(options.retrieval_text)
-    texts = (record["text"][:200_000] for record in itertools.islice(iter(source), 10))
-    haystack = "\n".join(texts)
+    texts = (text[:200_000] for text in iterate_texts(source) if text.strip())
+    haystack = "\n".join(itertools.islice(texts, 10))
     try:
         format = NeedleFormat(**(options.retrieval_format or {}))
     except (TypeError, ValueError) as error:

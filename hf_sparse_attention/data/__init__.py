@@ -2,7 +2,7 @@
 
 from .packing import IGNORED_LABEL, MixedRows, PackedRows, collate_rows
 from .steps import StepRows, count_labels, split_batches, step_rows
-from .text import DataError, is_local, load_documents
+from .text import DataError, is_local, iterate_texts, load_documents
 from .tokenized import tokenize_documents
 from .tokenizer import train_tokenizer
 
@@ -15,6 +15,7 @@ __all__ = [
     "collate_rows",
     "count_labels",
     "is_local",
+    "iterate_texts",
     "load_documents",
     "split_batches",
     "step_rows",

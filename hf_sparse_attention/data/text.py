@@ -7,8 +7,9 @@ import codecs
 import glob
 import gzip
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -62,6 +63,11 @@ def load_documents(
     # parquet may say large_string where the others say string
     features = datasets.Features({"text": datasets.Value("string")})
     return datasets.concatenate_datasets([part.cast(features) for part in parts])
+
+
+def iterate_texts(documents: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts of documents from :func:`load_documents`; a record without one (null) is a blank document."""
+    return (record["text"] or "" for record in documents)
 
 
 def is_local(name: str) -> bool:
@@ -152,13 +158,16 @@ def _load_hub(
 def _text_only(
     part: datasets.Dataset | datasets.IterableDataset, name: str, field: str
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Only the text column, named ``text``, after a look at the first record."""
+    """Only the text column, named ``text``, after a look at the first record that has something in it."""
+    empty = 0
     try:
-        record = next(iter(part), None)
+        records = iter(part)
+        while (record := next(records, None)) is not None and field in record and record[field] is None:
+            empty += 1
     except Exception as error:  # streamed: the file is parsed only here
         raise DataError(f"{name}: cannot be read ({_root_cause(error)})") from error
     if record is None:
-        raise DataError(f"{name}: no records")
+        raise DataError(f"{name}: field {field!r} is null in all records" if empty else f"{name}: no records")
     if field not in record:
         raise DataError(f"{name}: no field {field!r}; it has {', '.join(map(repr, record))}")
     if not isinstance(record[field], str):

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hf_sparse_attention.data import DataError, load_documents
+from hf_sparse_attention.data import DataError, iterate_texts, load_documents
 
 TEXTS = ["One document.\n\nIts second paragraph.", "Zwei: größer, 長い, 🙂", "three"]
 JSONL = "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(TEXTS)).encode()
@@ -65,6 +65,13 @@ def test_other_field_and_mixed_formats(tmp_path, streaming):
     assert list(documents) == [{"text": "four"}, {"text": "five"}]
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["copied", "streamed"])
+def test_a_record_without_text_is_a_blank_document(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"other": 2}\n')
+    documents = load_documents(str(tmp_path / "a.jsonl"), streaming=streaming)
+    assert list(iterate_texts(documents)) == ["", "one", ""]
+
+
 BROKEN = {
     "empty.txt": (b"", "the file is empty"),
     "blank.txt": (b" \n\n ", "only white space"),
@@ -73,6 +80,7 @@ BROKEN = {
     "late.txt": (b"a" * 70000 + b"\xff\xfe", "cannot be read.*70000"),
     "broken.jsonl": (b'{"text": "a"}\n{"text":\n', "cannot be read"),
     "field.jsonl": (b'{"a": 1}\n', "no field 'text'; it has 'a'"),
+    "nulls.jsonl": (b'{"text": null}\n{"text": null}\n', "field 'text' is null in all records"),
     "number.jsonl": (b'{"text": 1}\n', "field 'text' holds int, not text"),
     "cut.jsonl.xz": (lzma.compress(JSONL * 99)[:-20], "cannot be read"),
     "fake.jsonl.xz": (b"no archive", "cannot be read"),

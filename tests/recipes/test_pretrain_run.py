@@ -307,6 +307,17 @@ def test_streamed_text_with_retrieval_rows_resumes(pretrain, tmp_path):
     assert "| retrieval weight | 2.5 |" in (whole / "README.md").read_text()
 
 
+def test_records_without_text_give_the_same_retrieval_rows(pretrain, documents, tmp_path):
+    changes = {"length": 64, "retrieval_fraction": 0.5, "retrieval_format": {"wording": "short", "number_digits": 2}}
+    runs = []
+    for name, records in (("full", documents), ("blank", [None, *documents[:2], "", None, *documents[2:]])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
+        more = {"train_data": str(file), "retrieval_tasks": ["s_niah_2"], "max_steps": 2, "streaming": True}
+        runs.append(read_metrics(pretrain(tmp_path / name, **changes, **more)))
+    assert runs[0] == runs[1]
+
+
 def test_full_disk_keeps_the_last_good_state(pretrain, trained, tmp_path, capsys):
     output = copy_until(trained, tmp_path / "run", 3)
     with pytest.raises(SystemExit) as leaving, largest_file(20_000):
