@@ -101,6 +101,8 @@ class AnalyzeArguments:
         for name, least in (("max_length", 2), ("map_tokens", 2), ("max_documents", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least {least}.")
+        if self.train_length is not None and self.train_length < 1:
+            raise ValueError(f"train_length is {self.train_length}; allowed: at least 1.")
         if self.min_length is not None and not 2 <= self.min_length <= self.max_length:
             raise ValueError(f"min_length is {self.min_length}; allowed: 2 to max_length ({self.max_length}).")
         for name, least in (("entropy_lengths", 8), ("early_token_lengths", 3)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -127,7 +128,10 @@ class NeedleArguments:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths: {depth} is not between 0 and 1.")
-        for name in ("samples", "batch_tokens", "train_length"):
+        for multiple in self.multiples:
+            if not 0 < multiple < math.inf:
+                raise ValueError(f"multiples: {multiple} is not above 0 and finite.")
+        for name in ("samples", "batch_tokens", "train_length", "answer_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: at least 1.")

@@ -107,10 +107,14 @@ class PerplexityArguments:
         for name, value, allowed in (("bos", self.bos, ("auto", "yes", "no")), ("dtype", self.dtype, DTYPES)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
-        for name in ("batch_tokens", "resamples", "train_length", "max_documents", "max_document_tokens"):
+        counts = ("batch_tokens", "resamples", "train_length", "target_tokens", "stride")
+        for name in (*counts, "max_documents", "max_document_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: at least 1.")
+        for multiple in self.multiples:
+            if not 0 < multiple < math.inf:
+                raise ValueError(f"multiples: {multiple} is not above 0 and finite.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; allowed: between 0 and 1.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,7 +244,8 @@ class EvalOptions:
     save_dtype: str = field(default="float32", metadata=_help("float32 or bfloat16"))
 
     def __post_init__(self) -> None:
-        _check(bool(self.multiples) and min(self.multiples) > 0, "multiples", self.multiples, "above 0")
+        within = all(0 < multiple < math.inf for multiple in self.multiples)
+        _check(within, "multiples", self.multiples, "above 0 and finite")
         for name in ("samples", "generate"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("full_length", "min_samples", "batch_tokens"):

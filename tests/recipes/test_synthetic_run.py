@@ -399,6 +399,7 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"task": "mqmtar", "train_task_options": {"queries": 0}}, ["queries", "0"]),
         ({"save_dtype": "int8"}, ["save_dtype", "bfloat16"]),
         ({"output_dir": None}, ["output_dir"]),
+        ({"multiples": [1.0, math.inf]}, ["multiples", "inf"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

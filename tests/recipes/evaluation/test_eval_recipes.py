@@ -161,6 +161,9 @@ def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--bos", "maybe"], "bos is 'maybe'"),
         (["--depth", "3"], "--depth"),
+        (["--multiples", "1", "inf"], "multiples: inf is not above 0 and finite"),
+        (["--multiples", "nan"], "multiples: nan is not above 0 and finite"),
+        (["--batch_tokens", "0"], "batch_tokens is 0; allowed: at least 1"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )
@@ -172,6 +175,23 @@ def test_errors_name_what_is_wrong(run, capsys, texts, tmp_path, softmax_checkpo
     printed = capsys.readouterr().err + str(stopped.value)
     assert message in printed
     assert stopped.value.code not in (0, None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ("perplexity.py", "target_tokens"),
+        ("perplexity.py", "stride"),
+        ("needle.py", "answer_tokens"),
+        ("analyze.py", "train_length"),
+    ],
+)
+def test_zero_is_not_taken_for_the_default(run, capsys, recipe, option):
+    data = [] if recipe == "needle.py" else ["--data", "text.jsonl"]
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, "--models", "model", *data, f"--{option}=0")
+    assert stopped.value.code == 2
+    assert f"{option} is 0; allowed: at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ARGUMENTS)
