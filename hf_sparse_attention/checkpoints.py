@@ -130,6 +130,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read_json(folder / STATE)
 
 
+def set_aside_later(folder: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``; a run that goes on from there must not take them for its own.
+
+    Returns:
+        Their new places, ``replaced-checkpoint-...``.
+    """
+    later = [path for path in list_checkpoints(folder) if int(_NAME.fullmatch(path.name)[1]) > step]
+    aside = [path.with_name(f"replaced-{path.name}") for path in later]
+    for path, target in zip(later, aside, strict=True):
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+    return aside
+
+
 def remove_old(folder: str | Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and what interrupted processes left behind."""
     for path in list_checkpoints(folder)[:-keep]:

@@ -52,6 +52,7 @@ from hf_sparse_attention.checkpoints import (
     locked_folder,
     read_state,
     remove_old,
+    set_aside_later,
     write_checkpoint,
 )
 from hf_sparse_attention.data import (
@@ -200,12 +201,17 @@ def train(
         state = read_state(checkpoint)
         rows.load_state_dict(state["data"])
         check_same_model(fields, state["model"], checkpoint)
+        if state["step"] > options.max_steps:
+            raise ArgumentError(f"max_steps is {options.max_steps}; {checkpoint} is after step {state['step']}")
         restore(accelerator, checkpoint, optimizer, state["step"])
         step, tokens, evaluation = state["step"], state["tokens"], state["evaluation"]
         pending = state["pending_losses"]
         for group, own in zip(optimizer.param_groups, group_settings, strict=True):
             group.update(own, **adam)
         accelerator.print(f"continuing after step {step} of {checkpoint}")
+        if accelerator.is_main_process:
+            for path in set_aside_later(output, step):
+                accelerator.print(f"a later checkpoint is not part of this run any more: it is now {path}")
     elif options.resume is not None:
         accelerator.print(f"{output} holds no checkpoint yet: starting at step 0")
     log = MetricsLog(accelerator, output / "metrics.jsonl", step, pending)

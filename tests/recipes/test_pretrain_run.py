@@ -398,6 +398,28 @@ def test_after_damage_the_state_before_goes_on(pretrain, trained, tmp_path):
     assert same_weights(output, trained)
 
 
+def test_later_checkpoints_are_not_part_of_a_run_that_went_back(pretrain, trained, tmp_path, capsys):
+    output = copy_until(trained, tmp_path / "run", 10)
+    before = {path.name for path in output.glob("checkpoint-*")}
+    again = {"keep_checkpoints": 2, "learning_rate": 5e-3}
+    pretrain(output, resume="checkpoint-00000003", max_steps=4, save_steps=1, **again)
+    kept = {"checkpoint-00000003", "checkpoint-00000004"}
+    assert {path.name for path in list_checkpoints(output)} == kept
+    assert {path.name for path in output.glob("replaced-*")} == {f"replaced-{name}" for name in before - kept}
+    assert "replaced-checkpoint-00000009" in capsys.readouterr().out
+    pretrain(output, resume="latest", max_steps=6, **again)
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fewer_steps_than_were_made_are_refused(pretrain, trained, tmp_path, capsys):
+    output = copy_until(trained, tmp_path / "run", 9)
+    with pytest.raises(SystemExit) as leaving:
+        pretrain(output, resume="latest", max_steps=8)
+    assert leaving.value.code == 1
+    assert f"max_steps is 8; {output}/checkpoint-00000009 is after step 9" in capsys.readouterr().err
+    assert len(read_metrics(output)) == 10
+
+
 def test_a_checkpoint_runs_no_code(pretrain, trained, tmp_path, capsys):
     """A changed file fails its checksum; one that comes with its checksum is not unpickled either."""
 
