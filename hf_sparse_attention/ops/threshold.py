@@ -22,6 +22,8 @@ from torch import Tensor
 # Below this value of alpha - 1 the stored threshold is tau + 1.
 _SHIFTED_BELOW = 0.25
 _TINY = 1e-30
+# Next to alpha = 2 the power of _TINY is too near 1 to be told from others.
+_LEAST_FLOOR = 1e-2
 _MAX_STEPS = 100
 
 
@@ -62,7 +64,12 @@ def powers(scores: Tensor, tau: Tensor, alpha: float, slope: Tensor, weight: Ten
     else:
         torch.clamp(slope, min=_TINY, out=weight)
         torch.log(weight, out=slope)
-        _exp_(slope.mul_(exponent), floor=math.log(_TINY) * exponent)
+        slope.mul_(exponent)
+        floor = math.log(_TINY) * exponent
+        if floor < -_LEAST_FLOOR:
+            _exp_(slope, floor=floor)
+        else:
+            slope.exp_().masked_fill_(weight <= 2.0 * _TINY, 0.0)
     return weight.mul_(slope)
 
 

@@ -171,6 +171,15 @@ def test_alpha_goes_to_softmax_continuously(distance):
         assert relative_error(entmax[name], softmax[name]) < 10 * distance + 2e-6, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names([torch.float64, torch.float32]))
+@pytest.mark.parametrize("distance", [2.3e-16, 1e-9, 1e-6, 1e-4, 2e-4])
+def test_alpha_goes_to_sparsemax_continuously(distance, dtype):
+    sparsemax = run(CASES["causal"], "chunked", dtype, alpha=2.0)
+    entmax = run(CASES["causal"], "chunked", dtype, alpha=2.0 - distance)
+    for name in sparsemax:
+        assert relative_error(entmax[name], sparsemax[name]) < 20 * distance + 4e-6, name
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_dropout_drops_weights_and_rescales_the_others(alpha):
     query, key = (torch.randn(1, 2, 90, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
