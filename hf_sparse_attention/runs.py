@@ -36,12 +36,8 @@ class MetricsLog:
         self.path = path
         self.pending = list(pending or [])
         self._tokens, self._seconds = 0, 0.0
-        if accelerator.is_main_process and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            temporary = path.with_name(f".{path.name}.tmp")
-            with _naming(path):
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                temporary.replace(path)
+        if accelerator.is_main_process:
+            drop_later_lines(path, step)
 
     def add(self, loss: float, tokens: int, seconds: float) -> None:
         """Note one optimizer step."""
@@ -74,6 +70,16 @@ class MetricsLog:
             self.accelerator.log(values, step=step)
 
 
+def drop_later_lines(path: Path, step: int) -> None:
+    """Remove the lines of ``metrics.jsonl`` after ``step``, and one that was cut short when the process was killed."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        with _naming(path):
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """The error of a full disk does not name the file."""
@@ -87,7 +93,7 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # cut short when the process was killed
+        return math.inf
 
 
 def memory_gb(device: torch.device) -> float:

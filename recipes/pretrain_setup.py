@@ -111,8 +111,8 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, lengt
     return model
 
 
-def model_fields(model: torch.nn.Module, options: ModelOptions) -> dict[str, Any]:
-    """What a run keeps when it is continued: the fields of the model's config, and the fixed options.
+def model_fields(model: torch.nn.Module, options: Any) -> dict[str, Any]:
+    """What a run keeps when it is continued: the fields of the model's config, and the options in ``options.FIXED``.
 
     Returns:
         JSON values by name, those of ``sparse_attention`` as ``sparse_attention.alpha`` and so on.

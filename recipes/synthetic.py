@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain_setup import check_same_model, model_fields
 from synthetic_model import build_model
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import describe_cell, synthetic_card
@@ -41,7 +42,7 @@ from hf_sparse_attention.checkpoints import (
 )
 from hf_sparse_attention.evaluation.report import run_record, write_json
 from hf_sparse_attention.evaluation.synthetic import Cell, LadderOptions, run_ladder
-from hf_sparse_attention.runs import StopSignals, replace_files
+from hf_sparse_attention.runs import StopSignals, drop_later_lines, replace_files
 from hf_sparse_attention.training import get_alpha
 
 STATE = "state.pt"
@@ -87,9 +88,9 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
         set_seed(options.seed)
         model = build_model(task_options).to(device)
         trainer, progress = Trainer(model, tasks, options, device), Progress(options)
-        alpha = get_alpha(model)
+        alpha, fields = get_alpha(model), model_fields(model, task_options)
         if checkpoint is not None:
-            restore(checkpoint, trainer, progress, output)
+            restore(checkpoint, trainer, progress, fields, output)
         settings = {**vars(task_options), **vars(options), **vars(eval_options)}
         record = {
             "task": task_options.task,
@@ -98,13 +99,14 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
             "train_lengths": [low, high],
             "run": run_record(settings, device, 1),
         }
-        return train_and_measure(trainer, progress, alpha, task_options, eval_options, record, output)
+        return train_and_measure(trainer, progress, alpha, fields, task_options, eval_options, record, output)
 
 
 def train_and_measure(
     trainer: Trainer,
     progress: Progress,
     alpha: float,
+    fields: dict[str, Any],
     task_options: TaskOptions,
     eval_options: EvalOptions,
     record: dict[str, Any],
@@ -118,7 +120,7 @@ def train_and_measure(
         write_checkpoint(
             target,
             lambda folder: torch.save(trainer.state_dict(), folder / STATE),
-            {name: getattr(progress, name) for name in _PROGRESS},
+            {**{name: getattr(progress, name) for name in _PROGRESS}, "model": fields},
             is_main=True,
             wait=lambda: None,
         )
@@ -137,7 +139,8 @@ def train_and_measure(
             "cuda_graph": trainer.graphed,
             "curve": thinned(curve),
         }
-        write_json(output / "results.json", {"status": status, **record, "training": training, **more})
+        content = {"status": status, **record, "training": training, **more}
+        replace_files(output, lambda folder: write_json(folder / "results.json", content))
 
     (output / "metrics.jsonl").touch()
     shown = -10.0
@@ -228,18 +231,21 @@ def save_model(model: LlamaForCausalLM, options: EvalOptions, output: Path) -> N
 def read_status(output: Path) -> str | None:
     """How far the run in a folder got, None if it has no results."""
     path = output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not what a run writes ({error!r}); remove it to go on") from error
 
 
-def restore(checkpoint: Path, trainer: Trainer, progress: Progress, output: Path) -> None:
+def restore(checkpoint: Path, trainer: Trainer, progress: Progress, fields: dict[str, Any], output: Path) -> None:
     state = read_state(checkpoint)
+    check_same_model(fields, state.get("model", {}), checkpoint)
+    if state["stage"] >= len(trainer.stages):
+        raise ArgumentError(f"stages: there are {len(trainer.stages)}; {checkpoint} is in number {state['stage'] + 1}")
     trainer.load_state_dict(torch.load(checkpoint / STATE, map_location=trainer.device, weights_only=True))
     for name in _PROGRESS:
         setattr(progress, name, state[name])
-    log = output / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
-    log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    drop_later_lines(output / "metrics.jsonl", progress.step)
     print(f"continuing after step {progress.step} of {checkpoint}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_sparse_attention.arguments import ArgumentError, parse_mapping
 from hf_sparse_attention.config import PRESETS, SparseAttentionConfig
@@ -18,6 +18,9 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 @dataclass
 class TaskOptions:
     """What is learned, by which model."""
+
+    # What a continued run must be given again, beside the fields of the model's config.
+    FIXED: ClassVar[tuple[str, ...]] = ("task", "task_options")
 
     task: str | None = field(default=None, metadata=_help(f"one of {', '.join(TASKS)}"))
     task_options: dict | str | None = field(
