@@ -72,6 +72,8 @@ def resolve_visibility(
         first_end = key_length - query_length + 1
         ends.append(torch.arange(first_end, key_length + 1, device=query.device, dtype=torch.int32)[None])
     if sliding_window is not None:
+        # No distance is larger, and sums with larger windows could overflow.
+        sliding_window = min(sliding_window, query_length + key_length)
         own_position = torch.arange(query_length, device=query.device)[None] + (key_length - query_length)
         starts.append(own_position - (sliding_window - 1))
         if not is_causal:

@@ -1,5 +1,7 @@
 """The reference against the definition of entmax, and the ranges against a direct reading of each option."""
 
+import sys
+
 import pytest
 import torch
 from attention_cases import ALPHAS
@@ -91,6 +93,8 @@ OPTIONS = {
     "window": {"is_causal": True, "sliding_window": 3},
     "window-of-one": {"is_causal": True, "sliding_window": 1},
     "window-bidirectional": {"sliding_window": 3},
+    "window-of-any-size": {"sliding_window": sys.maxsize},
+    "window-of-any-size-causal": {"is_causal": True, "sliding_window": 10**30},
     "ranges": {
         "key_start": torch.tensor([[3] * 7, [0, 1, 2, 3, 9, -2, 50]]),
         "key_end": torch.tensor([[5, 5, 5, 5, 99, 2, 3]]),
