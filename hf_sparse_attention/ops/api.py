@@ -17,6 +17,7 @@ from .visibility import resolve_visibility
 
 _LARGEST = sys.float_info.max
 _BELOW_ONE = math.nextafter(1.0, 0.0)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 
 
@@ -48,9 +49,9 @@ def sparse_attention(
     keys that query i sees. A query that sees no key gives zeros, and zero gradients.
 
     Args:
-        query: (B, Hq, Lq, D), floating point.
+        query: (B, Hq, Lq, D), float16, bfloat16, float32 or float64; D is at least 1.
         key: (B, Hk, Lk, D), same dtype; Hq is a multiple of Hk, each key head serves Hq / Hk neighbouring query heads.
-        value: (B, Hk, Lk, Dv), same dtype.
+        value: (B, Hk, Lk, Dv), same dtype; Dv is at least 1.
         alpha: entmax exponent in [1, 2]: 1 is softmax, 2 sparsemax.
         scaling: factor of the scores, default ``D ** -0.5``.
         query_scale: (B, Hq, Lq), factor of each query's scores: the length scale t of the paper.
@@ -167,8 +168,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: (batch, heads, length, head_dim).")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: a floating point dtype.")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: float16, bfloat16, float32 and float64.")
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: that of query, {query.dtype}.")
         if tensor.device != query.device:
@@ -178,8 +179,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key has shape {_shape(key)}; allowed: ({batch}, heads, length, {head_dim}) as query.")
     if key.shape[1] == 0 or query_heads % key.shape[1] != 0:
         raise ValueError(f"key has {key.shape[1]} heads; allowed: a divisor of the {query_heads} heads of query.")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value has shape {_shape(value)}; allowed: {_shape(key.shape[:3])[:-1]}, any) as key.")
+    if value.shape[:3] != key.shape[:3] or value.shape[3] == 0:
+        allowed = f"{_shape(key.shape[:3])[:-1]}, at least 1)"
+        raise ValueError(f"value has shape {_shape(value)}; allowed: {allowed}, the first three as key.")
     if head_dim == 0:
         raise ValueError(f"query has shape {_shape(query)}; allowed: a head_dim of at least 1.")
 
@@ -205,8 +207,8 @@ def _check_optional_tensors(
     ):
         if tensor is not None:
             _check_tensor(name, tensor, query)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: a floating point dtype.")
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: float16, bfloat16, float32 and float64.")
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: {_shape(shape)}.")
 

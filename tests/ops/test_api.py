@@ -15,6 +15,7 @@ QUERY, KEY, VALUE = torch.zeros(2, 6, 5, 4), torch.zeros(2, 2, 7, 4), torch.zero
 WRONG_VALUES = {
     "query: three dimensions": ({"query": QUERY[0]}, "query"),
     "query: integers": ({"query": QUERY.long()}, "query"),
+    "query: float8": ({"query": QUERY.to(torch.float8_e4m3fn)}, "query"),
     "query: head_dim 0": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query"),
     "key: batch": ({"key": KEY[:1]}, "key"),
     "key: head_dim": ({"key": KEY[..., :3]}, "key"),
@@ -24,6 +25,7 @@ WRONG_VALUES = {
     "key: device": ({"key": KEY.to("meta")}, "key"),
     "value: heads": ({"value": VALUE[:, :1]}, "value"),
     "value: length": ({"value": VALUE[:, :, :6]}, "value"),
+    "value: head_dim 0": ({"value": VALUE[..., :0]}, "value"),
     "value: dtype": ({"value": VALUE.bfloat16()}, "value"),
     "alpha: below 1": ({"alpha": 0.99}, "alpha"),
     "alpha: above 2": ({"alpha": 2.01}, "alpha"),
@@ -34,6 +36,7 @@ WRONG_VALUES = {
     "query_scale: integers": ({"query_scale": torch.ones(2, 6, 5, dtype=torch.int64)}, "query_scale"),
     "query_scale: device": ({"query_scale": torch.ones(2, 6, 5, device="meta")}, "query_scale"),
     "slopes: key heads": ({"slopes": torch.ones(2)}, "slopes"),
+    "slopes: float8": ({"slopes": torch.ones(6).to(torch.float8_e4m3fn)}, "slopes"),
     "slopes: integers": ({"slopes": torch.ones(6, dtype=torch.int32)}, "slopes"),
     "sliding_window: zero": ({"sliding_window": 0}, "sliding_window"),
     "attention_mask: float": ({"attention_mask": torch.zeros(5, 7)}, "attention_mask"),
