@@ -256,8 +256,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, query: Tensor, key: Tensor) -> None:
             f"cu_seqlens is given with query {_shape(query)} and key {_shape(key)}; "
             "allowed: a batch of 1 and equal query and key lengths."
         )
-    # Reading values would stall an accelerator and cannot be traced.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Reading values would stall an accelerator, cannot be traced, and fake tensors have none.
+    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
         ascending = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
         if not ascending or cu_seqlens[0] != 0 or cu_seqlens[-1] != query.shape[2]:
             raise ValueError(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import CASES, Case, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -90,6 +91,16 @@ def test_compiles_packed_documents_dropout_and_a_changing_alpha():
         torch.testing.assert_close(compiled(boundaries, alpha, 0.0), attend(boundaries, alpha, 0.0))
     first, second = compiled(boundaries, 1.5, 0.5), compiled(boundaries, 1.5, 0.5)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_packed_documents_of_fake_tensors(impl):
+    with FakeTensorMode() as mode:
+        query = torch.empty(1, 2, 7, 4, requires_grad=True)
+        boundaries = mode.from_tensor(torch.tensor([0, 3, 7]))
+        output = sparse_attention(query, query, query, cu_seqlens=boundaries, impl=impl)
+        (gradient,) = torch.autograd.grad(output.sum(), query)
+    assert output.shape == gradient.shape == (1, 2, 7, 4)
 
 
 class Attention(torch.nn.Module):
