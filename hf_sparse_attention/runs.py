@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,29 @@ class StopSignals:
             return False
         self.number = self.number or signal.SIGTERM
         return True
+
+
+@contextmanager
+def leaving_on_signals(program: str) -> Iterator[None]:
+    """In here the first SIGTERM or SIGINT leaves as an error does, by ``finally``; the exit code is 128 + its number.
+
+    For programs that start others: without it, SIGTERM would leave these running.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)
+        print(f"{program}: stopped by a signal; the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in previous:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def replace_files(folder: Path, write: Callable[[Path], Any]) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.evaluation.report import format_number, format_table
+from hf_sparse_attention.runs import leaving_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_CONFIG = "recipes/configs/train/quickstart.yaml"
@@ -40,9 +41,24 @@ class QuickstartArguments:
     windows_per_document: int = field(default=8, metadata={"help": "Windows per document for the perplexity."})
     poll_seconds: float = field(default=15.0, metadata={"help": "Seconds between two lines of progress."})
 
+    def __post_init__(self) -> None:
+        # Looked at only after the training by the recipes that have them.
+        for name in ("max_steps", "samples", "windows_per_document"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: at least 1")
+
 
 def main() -> None:
     (args,) = parse_arguments(QuickstartArguments, description=__doc__.splitlines()[0])
+    try:
+        with leaving_on_signals("quickstart.py"):
+            compare(args)
+    except OSError as error:
+        sys.exit(f"quickstart.py: error: {error}")
+
+
+def compare(args: QuickstartArguments) -> None:
     began = time.monotonic()
     output = Path(args.output_dir).resolve()
     os.chdir(ROOT)
@@ -91,21 +107,20 @@ def run_together(commands: dict[str, list[str]], output: Path, args: QuickstartA
     # Small matrices use one core better than several: two processes of one thread beat one of two.
     threads = str(max(1, cores // len(commands)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    running = {}
-    for name, command in commands.items():
-        print(f"  python {shlex.join(command)}")
-        log = (output / f"{name}.log").open("w", encoding="utf-8")
-        running[name] = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        log.close()
+    running: dict[str, subprocess.Popen] = {}
     try:
+        for name, command in commands.items():
+            print(f"  python {shlex.join(command)}", flush=True)
+            with (output / f"{name}.log").open("w", encoding="utf-8") as log:
+                running[name] = subprocess.Popen(
+                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
         wait(running, output, args.poll_seconds)
     finally:
         for process in running.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def wait(running: dict[str, subprocess.Popen], output: Path, poll_seconds: float) -> None:
@@ -125,7 +140,9 @@ def wait(running: dict[str, subprocess.Popen], output: Path, poll_seconds: float
 def last_line(output: Path, name: str) -> str:
     """Where a run is: the newest step and loss of a training, else the end of its progress bar."""
     metrics = output / name / "metrics.jsonl"
-    if metrics.is_file() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    # A run that was killed may have cut its last one.
+    if lines and lines[-1].endswith("}"):
         latest = json.loads(lines[-1])
         return ", ".join(f"{key} {format_number(latest[key])}" for key in ("step", "loss") if key in latest)
     text = (output / f"{name}.log").read_text(encoding="utf-8").replace("\r", "\n").strip()

@@ -12,10 +12,12 @@ from huggingface_hub import ModelCard
 from synthetic_options import TaskOptions, TrainOptions
 from transformers import PreTrainedConfig
 
+from hf_sparse_attention.checkpoints import CheckpointError
 from hf_sparse_attention.evaluation.plots import figure_grid, save_figure
 from hf_sparse_attention.evaluation.report import format_table, write_json
 from hf_sparse_attention.evaluation.synthetic import Cell
 from hf_sparse_attention.modelcard import TEMPLATE, Measurement, create_model_card
+from hf_sparse_attention.runs import replace_files
 
 CARD_TEMPLATE = TEMPLATE.with_name("synthetic_card_template.md")
 _ENCODINGS = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
@@ -87,7 +89,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results.json of every run below ``folder``, with the name of its folder."""
     found = []
     for path in sorted(folder.glob("**/results.json")):
-        found.append({"name": path.parent.relative_to(folder).as_posix(), **json.loads(path.read_text("utf-8"))})
+        try:
+            results = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON ({error})") from error
+        found.append({"name": path.parent.relative_to(folder).as_posix(), **results})
     return found
 
 
@@ -151,11 +157,14 @@ def write_report(folder: Path) -> str:
     runs = read_results(folder)
     grouped = by_variant(runs)
     text = "\n\n".join(f"### {task}\n\n{make_table(variants)}" for task, variants in grouped.items())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "synthetic.md").write_text(text + "\n", encoding="utf-8")
-    write_json(folder / "synthetic.json", {"runs": runs})
-    if grouped:
-        plot(folder / "synthetic.png", grouped)
+
+    def write(temporary: Path) -> None:
+        (temporary / "synthetic.md").write_text(text + "\n", encoding="utf-8")
+        write_json(temporary / "synthetic.json", {"runs": runs})
+        if grouped:
+            plot(temporary / "synthetic.png", grouped)
+
+    replace_files(folder, write)
     return text
 
 

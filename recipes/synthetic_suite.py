@@ -29,6 +29,8 @@ from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import write_report
 
 from hf_sparse_attention.arguments import ArgumentError, parse, parse_arguments, parse_mapping
+from hf_sparse_attention.checkpoints import CheckpointError
+from hf_sparse_attention.runs import leaving_on_signals
 
 # Relative, so that the commands in the results work in any checkout.
 SCRIPT = os.path.relpath(Path(__file__).with_name("synthetic.py"))
@@ -92,14 +94,15 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     (options,) = parse_arguments(SuiteOptions, argv=argv, description=__doc__.splitlines()[0])
     output = Path(options.output_dir)
-    failed = []
-    if not options.report_only:
-        try:
-            runs = list_runs(options)
-        except ArgumentError as error:
-            sys.exit(f"synthetic_suite.py: error: {error}")
-        failed = run_all(runs, output, options)
-    print(f"\n{write_report(output)}\n\nWritten: synthetic.json, synthetic.md and synthetic.png in {output}")
+    try:
+        with leaving_on_signals("synthetic_suite.py"):
+            failed = [] if options.report_only else run_all(list_runs(options), output, options)
+        if options.report_only and not any(output.glob("**/results.json")):
+            raise ArgumentError(f"output_dir: {output} holds no results.json of a run")
+        table = write_report(output)
+    except (ArgumentError, CheckpointError, OSError) as error:
+        sys.exit(f"synthetic_suite.py: error: {error}")
+    print(f"\n{table}\n\nWritten: synthetic.json, synthetic.md and synthetic.png in {output}")
     if failed:
         sys.exit("synthetic_suite.py: failed: " + ", ".join(failed))
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import synthetic_report
@@ -96,6 +98,37 @@ def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
     suite.main([*flags, "--only", "n_back/asentmax"])
     assert "0 of 1 runs to do" in capsys.readouterr().out
     assert (output / "n_back/asentmax/seed0/results.json").stat().st_mtime_ns == done
+
+
+def test_a_signal_stops_what_was_started(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, time\n"
+        "pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(suite, "SCRIPT", str(script))
+    with pytest.raises(SystemExit) as leaving:
+        suite.main(as_flags(make_options(tmp_path, runs_per_device=1)))
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert "synthetic_suite.py: stopped by a signal" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_cannot_be_compared_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"output_dir: .* holds no results\.json of a run"):
+        suite.main(["--report_only", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: .*/dev/null/out"):
+        suite.main(as_flags(make_options(tmp_path, output_dir="/dev/null/out")))
+    run = tmp_path / "out" / "n_back" / "softmax" / "seed0"
+    run.mkdir(parents=True)
+    (run / "results.json").write_text("{")
+    for flags in (as_flags(make_options(tmp_path)), ["--report_only", "--output_dir", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit, match=r"seed0/results\.json is not"):
+            suite.main(flags)
+    assert not list((tmp_path / "out").glob("synthetic.*"))
 
 
 def parsed(tmp_path, **changes):

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,39 @@ def test_a_failing_step_stops_the_others_and_shows_its_log(quickstart, tmp_path)
         quickstart["run_together"]({"good": ["-c", wait_for_ever], "bad": ["-c", fail]}, tmp_path, args)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_stops_what_was_started(quickstart, tmp_path, monkeypatch, capsys, number):
+    child = (
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+        f"os.kill(os.getppid(), {int(number)}); time.sleep(600)"
+    )
+    names, run_together = quickstart["main"].__globals__, quickstart["run_together"]
+    monkeypatch.setitem(names, "run_together", lambda _, *others: run_together({"child": ["-c", child]}, *others))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as leaving:
+        quickstart["main"]()
+    assert leaving.value.code == 128 + number
+    assert "quickstart.py: stopped by a signal" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("name", ["max_steps", "samples", "windows_per_document"])
+def test_what_would_fail_after_the_training_fails_before_it(quickstart, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", f"--{name}=0"])
+    with pytest.raises(SystemExit) as leaving:
+        quickstart["main"]()
+    assert leaving.value.code == 2
+    assert f"{name} is 0; allowed: at least 1" in capsys.readouterr().err
+
+
+def test_progress_of_a_run_whose_last_line_was_cut(quickstart, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 2')
+    (tmp_path / "a.log").write_text("loading\n")
+    assert quickstart["last_line"](tmp_path, "a") == "loading"
