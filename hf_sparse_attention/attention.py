@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
-from .masks import has_packed_documents, memoised, visibility
+from .masks import has_packed_documents, is_own, memoised, visibility
 from .ops import sparse_attention
 from .positions import alibi_slopes
 
@@ -55,7 +55,7 @@ def prepare_attention_call(module: nn.Module, args: tuple, kwargs: dict[str, Any
         warn_frozen(scale)
     if settings["position_encoding"] != "model":
         kwargs["position_embeddings"] = _without_rotation(module, kwargs.get("position_embeddings"))
-    _refuse_packed_cache(module, kwargs)
+    _refuse_packed_cache(module, hidden_states, kwargs)
     return args, kwargs
 
 
@@ -69,19 +69,21 @@ def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | Non
     return memoised((cos, sin), lambda: (torch.ones_like(cos), torch.zeros_like(sin)), "identity")
 
 
-def _refuse_packed_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse_packed_cache(module: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> None:
     """Stop before tokens are added to a cache that holds packed documents: its boundaries are not kept."""
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if cache is None or module.layer_idx != 0 or torch.compiler.is_compiling():
         return
-    if getattr(cache, _PACKED_CACHE, False):
+    mask = kwargs.get("attention_mask")
+    is_packed = getattr(cache, _PACKED_CACHE, False) and cache.get_seq_length() > 0
+    if is_packed and not is_own(mask):
         raise ValueError(
             "The cache was filled from a row of packed documents, whose boundaries a cache does not keep: further "
             "tokens would see every document. Give each document its own row to generate, or pass use_cache=False."
         )
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None and position_ids.shape[-1] > 1:
-        setattr(cache, _PACKED_CACHE, has_packed_documents(kwargs.get("attention_mask"), position_ids))
+    if hidden_states.shape[1] > 1:
+        boundaries = map(kwargs.get, ("position_ids", "cu_seq_lens_q", "seq_idx"))
+        setattr(cache, _PACKED_CACHE, is_packed or has_packed_documents(mask, hidden_states, *boundaries))
 
 
 def sparse_attention_forward(
@@ -127,7 +129,7 @@ def sparse_attention_forward(
         )
     _check_keywords(kwargs, settings.preset)
     _refuse_context_parallel(settings.preset)
-    if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
+    if cu_seq_lens_k is not None and not _is_same(cu_seq_lens_q, cu_seq_lens_k):
         raise ValueError(
             "cu_seq_lens_k differs from cu_seq_lens_q; only self-attention over packed rows is supported."
         )
@@ -217,6 +219,14 @@ def _refuse_context_parallel(preset: str) -> None:
             f"attn_implementation={preset!r} cannot be computed under context parallelism, which divides sequences "
             "for torch's own SDPA only. Use FSDP2 with activation checkpointing, or tensor parallelism."
         )
+
+
+def _is_same(first: Tensor | None, second: Tensor) -> bool:
+    """Whether bounds are equal; their values are compared where reading them costs nothing."""
+    if first is None or first.shape != second.shape:
+        return False
+    is_readable = first.device.type == second.device.type == "cpu" and not torch.compiler.is_compiling()
+    return first is second or not is_readable or torch.equal(first, second)
 
 
 @torch.compiler.assume_constant_result

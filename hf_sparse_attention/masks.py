@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,13 +124,31 @@ def check_boundaries(
         )
 
 
-def has_packed_documents(attention_mask: Tensor | None, position_ids: Tensor) -> bool:
-    """Whether two visible neighbours of some row belong to different documents (reads the device once)."""
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None:
-        slots = _last_visible(_as_bool(attention_mask))
-        restarts = restarts & (slots[:, 1:] > slots[:, :-1]) & (slots[:, :-1] >= 0)
-    return bool(restarts.any())
+def has_packed_documents(
+    attention_mask: Tensor | None,
+    query: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> bool:
+    """Whether some row of ``query`` (B, Q, ...) holds several documents (reads the device once)."""
+    if attention_mask is None:
+        starts = _document_starts(query.device, query.shape[1], position_ids, cu_seqlens, seq_idx)
+        return starts is not None and bool(starts.any())
+    mask = _as_bool(attention_mask)
+    slots = _own_slots(mask, _last_visible(mask))
+    begins = _begins_document(mask, slots, position_ids, cu_seqlens, seq_idx)
+    if begins is None:
+        return False
+    if is_own(attention_mask):
+        # Branches of a tree restart too, but their tokens see what is before the branch.
+        begins = begins & (mask.any(dim=1).int().argmax(-1) == slots)
+    return bool(begins.any())
+
+
+def is_own(attention_mask: Tensor | None) -> bool:
+    """Whether the mask is a complete one that the user made."""
+    return attention_mask is not None and attention_mask.dtype != _GENERATED
 
 
 def _without_mask(
@@ -174,19 +193,20 @@ def _with_mask(
             f"attention_mask has shape {shape}; expected ({batch} or 1, {heads} or 1, {num_queries}, {num_keys})."
         )
     mask = given = _as_bool(attention_mask)
-    slots = _last_visible(mask)
-    is_generated = attention_mask.dtype == _GENERATED
+    last = _last_visible(mask)
+    slots = _own_slots(mask, last)
+    is_generated = not is_own(attention_mask)
     if is_generated:
         mask = _separate_documents(mask, slots, position_ids, cu_seqlens, seq_idx)
+        last = last if mask is given else _last_visible(mask)
     counts = mask.sum(-1)
     if mask.shape[1] == 1:
         start = mask[:, 0].int().argmax(-1)
-        if _has_no_holes((counts[:, 0] == slots + 1 - start).all(), is_generated):
+        if _has_no_holes((counts[:, 0] == last + 1 - start).all(), is_generated):
             # Ranges say the same, and every backend is faster with them.
-            start, end = start.to(torch.int32), (slots + 1).to(torch.int32)
+            start, end = start.to(torch.int32), (last + 1).to(torch.int32)
             return Visibility(None, start, end, counts, slots.clamp(min=0))
-    visible = mask.any(dim=1).any(dim=1)
-    key_positions = (visible.cumsum(-1) - 1).clamp(min=0)
+    key_positions = (_is_seen(mask).cumsum(-1) - 1).clamp(min=0)
     query_positions = key_positions.gather(-1, slots.clamp(min=0))
     # A mask that is right as it was given is not kept on itself: that cycle would hold its memory.
     own = None if mask is given else mask
@@ -214,21 +234,36 @@ def _separate_documents(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """Hide keys of earlier documents from a mask that transformers made without their boundaries."""
-    starts = _document_starts(mask.device, mask.shape[2], position_ids, cu_seqlens, seq_idx)
-    if starts is None or (not is_traced(starts) and not bool(starts.any())):
+    """Hide keys of other documents from a mask that transformers made without their boundaries."""
+    begins = _begins_document(mask, slots, position_ids, cu_seqlens, seq_idx)
+    if begins is None or (not is_traced(begins) and not bool(begins.any())):
         return mask
-    # A restart at query i hides the keys before the slot of query i; restarts on padding (its slot is that of the
-    # token before it, or none) hide nothing from real tokens.
-    starts = starts.expand(slots.shape[0], -1)
-    previous = torch.nn.functional.pad(slots[:, :-1], (1, 0), value=-1)
-    own = torch.where(slots > previous, slots, torch.zeros_like(slots)).clamp(min=0)
-    index = torch.arange(mask.shape[2], device=mask.device)
     # The first query may go on with a document that is in the cache.
-    is_start = (starts == index) & (index > 0)
-    first_key = torch.where(is_start, own, torch.zeros_like(own)).cummax(-1).values
+    first = slots.where(begins, 0).cummax(-1).values
+    # A constant: the number of keys would fix the length of exported code.
+    never = torch.iinfo(torch.int32).max
+    following = slots.where(begins, never)[:, 1:].flip(-1).cummin(-1).values.flip(-1)
+    end = torch.nn.functional.pad(following, (0, 1), value=never)
     keys = torch.arange(mask.shape[3], device=mask.device)
-    return mask & (keys >= first_key[:, None, :, None])
+    return mask & (keys >= first[:, None, :, None]) & (keys < end[:, None, :, None])
+
+
+def _begins_document(
+    mask: Tensor, slots: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """Whether each query is a token, not padding, of another document than the token before it, (B, Q)."""
+    num_queries = mask.shape[2]
+    if num_queries == 1:
+        return None
+    if num_queries == mask.shape[3]:
+        is_token = _is_seen(mask)
+    else:
+        is_token = slots > torch.nn.functional.pad(slots[:, :-1], (1, 0), value=-1)
+    index = torch.arange(num_queries, device=mask.device)
+    latest = index.where(is_token, -1).cummax(-1).values
+    before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    differs = _differs(mask.device, num_queries, position_ids, cu_seqlens, seq_idx, before.clamp(min=0))
+    return None if differs is None else differs & is_token & (before >= 0)
 
 
 def _document_starts(
@@ -241,29 +276,60 @@ def _document_starts(
     """Index of the first query of each query's document, (B or 1, Q); None where nothing can tell."""
     if num_queries == 1:
         return None
-    index = torch.arange(num_queries, device=device)[None]
-    starts = None
+    differs = _differs(device, num_queries, position_ids, cu_seqlens, seq_idx)
+    if differs is None:
+        return None
+    index = torch.arange(num_queries, device=device)
+    return index.where(differs, 0).cummax(-1).values
+
+
+def _differs(
+    device: torch.device,
+    num_queries: int,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    before: Tensor | None = None,
+) -> Tensor | None:
+    """Whether each query's document is not that of the query ``before`` (B, Q), by default its neighbour's.
+
+    (B or 1, Q), or None where nothing can tell; the first query has none before it, and False unless ``before`` says.
+    """
+
+    def compared(values: Tensor, step: int) -> Tensor:
+        beside = torch.nn.functional.pad(values[:, 1:] != values[:, :-1] + step, (1, 0))
+        if before is None:
+            return beside
+        values = values.expand(before.shape[0], -1)
+        apart = values != values.gather(-1, before) + step
+        # Positions may count padding between two tokens, or not.
+        return apart & beside if step else apart
+
+    differs = []
     if position_ids is not None:
         if position_ids.dim() != 2:
             raise ValueError(f"position_ids has {position_ids.dim()} dimensions; expected (batch, length).")
-        starts = _runs(position_ids[:, 1:] != position_ids[:, :-1] + 1, index)
+        differs.append(compared(position_ids, 1))
     if seq_idx is not None:
-        starts = _latest(starts, _runs(seq_idx[:, 1:] != seq_idx[:, :-1], index))
+        differs.append(compared(seq_idx, 0))
     if cu_seqlens is not None:
+        index = torch.arange(num_queries, device=device)
         bounds = cu_seqlens.to(device=device, dtype=index.dtype)
-        document = torch.searchsorted(bounds, index[0], right=True) - 1
-        starts = _latest(starts, bounds[document.clamp(min=0)][None])
-    return starts
+        differs.append(compared(torch.searchsorted(bounds, index, right=True)[None], 0))
+    return functools.reduce(torch.logical_or, differs) if differs else None
 
 
-def _runs(is_break: Tensor, index: Tensor) -> Tensor:
-    """Start index of the run that each element is in, given where a new run begins (B, Q - 1)."""
-    begins = torch.nn.functional.pad(is_break, (1, 0), value=True)
-    return torch.where(begins, index, torch.zeros_like(index)).cummax(-1).values
+def _own_slots(mask: Tensor, last_visible: Tensor) -> Tensor:
+    """The key that each query itself is, (B, Q): with a cache the last one it sees, or -1."""
+    num_queries, num_keys = mask.shape[2:]
+    if num_queries != num_keys:
+        return last_visible
+    return torch.arange(num_queries, device=mask.device).expand(mask.shape[0], -1)
 
 
-def _latest(first: Tensor | None, second: Tensor) -> Tensor:
-    return second if first is None else torch.maximum(first, second)
+def _is_seen(mask: Tensor) -> Tensor:
+    """Which keys any query sees, (B, K): all but padding."""
+    return mask.any(dim=1).any(dim=1)
 
 
 def _last_visible(mask: Tensor) -> Tensor:

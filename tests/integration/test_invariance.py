@@ -117,6 +117,25 @@ def test_padding_between_prompt_and_new_tokens(position):
         assert_same(logits[row], expected, f"row {row}")
 
 
+@pytest.mark.parametrize("number", ["previous", 0, 1])
+def test_positions_of_padding_between_tokens(number):
+    """Whatever number padding has, as in ``generate`` (1), the tokens after it go on with their document."""
+    model = tiny_model(position="nape")
+    first, second = prompts(5, 4)
+    row = torch.cat([first, second])
+    ids = torch.cat([first, torch.zeros(3, dtype=torch.long), second])[None]
+    mask = torch.tensor([[1] * 5 + [0] * 3 + [1] * 4])
+    positions = mask.cumsum(-1) - 1
+    if number != "previous":
+        positions = positions.masked_fill(mask == 0, number)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0]
+    assert_same(logits[mask[0].bool()], alone(model, row), "one forward")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    new = model.generate(ids, attention_mask=mask, **options)[0, -3:]
+    assert new.tolist() == model.generate(row[None], **options)[0, -3:].tolist()
+
+
 def test_padded_row_of_packed_documents():
     """Documents stay apart in a row that has padding too, where transformers' mask drops their boundaries."""
     model = tiny_model(position="nape")
@@ -153,6 +172,13 @@ def test_tree_mask_is_not_cut_at_position_restarts():
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 5, 6]])
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
     visible[7:, 5:7] = False
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        logits = model(ids, attention_mask=visible[None, None], position_ids=positions, use_cache=False).logits[0]
-    assert_same(logits[7:], alone(model, torch.cat([prefix, second]))[-2:], "second branch")
+        logits = model(ids, attention_mask=visible[None, None], position_ids=positions, past_key_values=cache).logits[
+            0
+        ]
+        assert_same(logits[7:], alone(model, torch.cat([prefix, second]))[-2:], "second branch")
+        # Another token of the first branch, after the second was rejected.
+        cache.crop(-2)
+        logits = model(prefix[None, :1], position_ids=torch.tensor([[7]]), past_key_values=cache).logits[0]
+    assert_same(logits, alone(model, torch.cat([prefix, first, prefix[:1]]))[-1:], "going on with the first branch")

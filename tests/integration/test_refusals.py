@@ -10,6 +10,7 @@ from transformers import (
     DynamicCache,
     GptOssConfig,
     GptOssForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -60,14 +61,43 @@ def test_mask_of_another_shape():
         model(torch.stack(prompts(5)), attention_mask=torch.ones(1, 1, 5, 4, dtype=torch.bool), use_cache=False)
 
 
-def test_going_on_from_a_packed_cache():
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens", "seq_idx"])
+def test_going_on_from_a_packed_cache(boundaries, padding):
     model = tiny_model()
     ids, positions = packed(prompts(5, 4))
+    bounds = torch.tensor([0, 5, 9])
+    given = {
+        "position_ids": {"position_ids": positions},
+        "cu_seq_lens": {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
+        "seq_idx": {"seq_idx": torch.tensor([[0] * 5 + [1] * 4])},
+    }[boundaries]
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
     cache = DynamicCache(config=model.config)
+    position = 4 if boundaries == "position_ids" else 9
+    new = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": torch.tensor([[position]])}
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache, **given)
+        with pytest.raises(ValueError, match="cache was filled from a row of packed documents"):
+            model(torch.tensor([[7]]), past_key_values=cache, **new)
+        # Your own mask can say what the cache does not.
+        own = (torch.arange(10) >= 5)[None, None, None]
+        logits = model(torch.tensor([[7]]), past_key_values=cache, **{**new, "attention_mask": own}).logits[0]
+        document = torch.cat([ids[0, 5:], torch.tensor([7])])
+        torch.testing.assert_close(logits[-1], model(document[None]).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_that_was_emptied_is_as_good_as_new():
+    model = tiny_model()
+    ids, positions = packed(prompts(5, 4))
+    cache = StaticCache(config=model.config, max_cache_len=12)
     with torch.no_grad():
         model(ids, position_ids=positions, past_key_values=cache)
-        with pytest.raises(ValueError, match="cache was filled from a row of packed documents"):
-            model(torch.tensor([[7]]), position_ids=torch.tensor([[4]]), past_key_values=cache)
+        cache.reset()
+        model(ids[:, :5], past_key_values=cache)
+        new = model(ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(new, model(ids[:, :6]).logits[0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_cumulative_lengths_that_cannot_be_applied():
@@ -78,6 +108,8 @@ def test_cumulative_lengths_that_cannot_be_applied():
         model(ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False)
     with pytest.raises(ValueError, match="cu_seq_lens_k differs"):
         model(ids[:1], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds[:2], use_cache=False)
+    with pytest.raises(ValueError, match="cu_seq_lens_k differs"):
+        model(ids[:1], cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 3, 5]), use_cache=False)
 
 
 def test_continuous_batching():
