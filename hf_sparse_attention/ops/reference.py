@@ -6,6 +6,8 @@ tests, short inputs and returned weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from entmax import entmax15, entmax_bisect, sparsemax
 from torch import Tensor
@@ -91,11 +93,39 @@ def _entmax(scores: Tensor, alpha: float) -> Tensor:
     # Sorting solvers index out of bounds in a row with NaN; it is NaN throughout, as under softmax.
     broken = shifted.isnan().any(-1, keepdim=True)
     shifted = shifted.masked_fill(broken, 0.0)
-    if alpha == 2.0:
-        weights = sparsemax(shifted, dim=-1)
-    elif alpha == 1.5 and scores.dtype != torch.float64:
-        # Accurate to 1e-8 only when many scores are tied at the edge of the support.
-        weights = entmax15(shifted, dim=-1)
-    else:
-        weights = entmax_bisect(shifted, alpha, dim=-1, n_iter=_BISECTIONS)
+    weights = _Entmax.apply(shifted, alpha, scores.dtype == torch.float64)
     return weights.masked_fill(broken, torch.nan).to(scores.dtype)
+
+
+class _Entmax(torch.autograd.Function):
+    """The solvers of ``entmax`` with a backward (arXiv 1905.05702, proposition 2) of which autograd takes gradients.
+
+    The package's own gives NaN in second derivatives, and cannot be traced by compilers nor used by ``torch.func``.
+    """
+
+    @staticmethod
+    def forward(scores: Tensor, alpha: float, exact: bool) -> Tensor:
+        if alpha == 2.0:
+            return sparsemax(scores, dim=-1)
+        if alpha == 1.5 and not exact:
+            # Accurate to 1e-8 only when many scores are tied at the edge of the support.
+            return entmax15(scores, dim=-1)
+        return entmax_bisect(scores, alpha, dim=-1, n_iter=_BISECTIONS)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.alpha = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        support = weights > 0.0
+        # Powers of 0 would have infinite derivatives.
+        slope = torch.where(support, torch.where(support, weights, 1.0) ** (2.0 - ctx.alpha), 0.0)
+        product = slope * grad
+        return product - slope * (product.sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, scores: Tensor, alpha: float, exact: bool) -> tuple[Tensor, int]:
+        return _Entmax.apply(scores.movedim(in_dims[0], 0), alpha, exact), 0

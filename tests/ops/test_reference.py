@@ -76,6 +76,42 @@ def test_reference_gradcheck(alpha):
     assert torch.autograd.gradcheck(attend, inputs)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_reference_has_second_derivatives(alpha):
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.rand(shape, generator=generator, dtype=torch.float64).mul(2).requires_grad_()
+        for shape in [(1, 2, 3, 3), (1, 1, 5, 3), (1, 1, 5, 2)]
+    )
+
+    def attend(*tensors):
+        return sparse_attention(*tensors, alpha=alpha, is_causal=True, impl="reference")
+
+    assert torch.autograd.gradgradcheck(attend, (query, key, value))
+
+    def loss(*tensors):
+        return attend(*tensors).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(query, key, value), query)
+    stacked = [torch.stack([tensor.detach()] * 2, 1) for tensor in (query, key, value)]
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=1)(*stacked)
+    torch.testing.assert_close(found, torch.stack([expected] * 2))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+def test_returned_weights_are_differentiable_in_compiled_code(alpha):
+    torch._dynamo.reset()
+    query, key, value = (torch.randn(1, 2, 9, 4).requires_grad_() for _ in range(3))
+
+    def attend(query):
+        output, weights = sparse_attention(query, key, value, alpha=alpha, is_causal=True, return_weights=True)
+        return output.square().sum() + weights.square().sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    (expected,), (actual,) = (torch.autograd.grad(function(query), query) for function in (attend, compiled))
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_keeps_the_dtype_and_returns_the_weights(dtype):
     query, key, value = torch.randn(3, 2, 3, 9, 4).to(dtype)
