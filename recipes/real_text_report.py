@@ -53,8 +53,10 @@ def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__.splitlines()[0])
     try:
         write_report(args)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"real_text_report.py: error: {error!r}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"real_text_report.py: error: {error}")
+    except (KeyError, TypeError) as error:
+        sys.exit(f"real_text_report.py: error: a result file of {args.runs} is not complete ({error!r})")
 
 
 def write_report(args: ReportArguments) -> None:
@@ -63,6 +65,7 @@ def write_report(args: ReportArguments) -> None:
     runs = {name: run for name, run in runs.items() if run["perplexity"]}
     if not runs:
         raise ValueError(f"{args.runs} holds no folder VARIANT_sSEED with a perplexity.json")
+    check_comparable(runs)
     table = all_tables(runs, args.reference)
     variants = group_by_variant(runs)
     if unknown := sorted(set(args.pictured or ()) - set(variants)):
@@ -103,10 +106,9 @@ def all_tables(runs: dict[str, dict[str, Any]], reference: str) -> str:
 def read_run(folder: Path) -> dict[str, Any]:
     """Training and measurements of one run, as far as they are there."""
     metrics = folder / "metrics.jsonl"
-    lines = (
-        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
-    )
-    lines = [line for line in lines if "tokens_per_second" in line]
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    # A run that was killed may have cut its last one.
+    lines = [json.loads(line) for line in lines if "tokens_per_second" in line and line.endswith("}")]
     training = None
     if lines:
         late = lines[len(lines) // 2 :]
@@ -116,17 +118,46 @@ def read_run(folder: Path) -> dict[str, Any]:
             "loss": lines[-1]["loss"],
             "tokens_per_second": statistics.median(line["tokens_per_second"] for line in late),
             "memory_gb": lines[-1]["memory_gb"],
-            "options": json.loads((folder / "options.json").read_text(encoding="utf-8")),
+            "options": read_json(folder / "options.json"),
             "curve": [[line["step"], line["loss"]] for line in lines],
         }
     found = {name: sorted(folder.glob(f"*/{name}.json")) for name in ("perplexity", "needle", "analysis")}
-    read = {name: [json.loads(file.read_text(encoding="utf-8")) for file in files] for name, files in found.items()}
+    read = {name: [read_json(file) for file in files] for name, files in found.items()}
     return {
         "training": training,
         "perplexity": read["perplexity"][0] if read["perplexity"] else None,
         "needle": read["needle"],
         "analysis": read["analysis"][0] if read["analysis"] else None,
     }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def check_comparable(runs: dict[str, dict[str, Any]]) -> None:
+    """Refuse runs that a table cannot hold side by side: measured otherwise, or under another name."""
+    wanted = ("train_length", "lengths", "target_tokens", "windows", "documents")
+    first, reference = next((name, run["perplexity"]["protocol"]) for name, run in runs.items())
+    depths = {tuple(part["protocol"]["depths"]): name for name, run in runs.items() for part in run["needle"]}
+    if len(depths) > 1:
+        raise ValueError(f"needle.json: {' and '.join(depths.values())} were measured at different depths")
+    for name, run in runs.items():
+        for field_name in wanted:
+            values = [protocol[field_name] for protocol in (run["perplexity"]["protocol"], reference)]
+            if values[0] != values[1]:
+                raise ValueError(f"perplexity.json: {name} has {field_name} {values[0]}, {first} has {values[1]}")
+        for label in run["perplexity"]["checkpoints"]:
+            if label.partition("+")[0] != name:
+                raise ValueError(
+                    f"perplexity.json of {name} measures {label!r}; the checkpoint must be called {name} there"
+                )
 
 
 def group_by_variant(runs: dict[str, dict[str, Any]]) -> dict[str, dict[int, Measured]]:

@@ -98,10 +98,60 @@ def test_no_runs(tmp_path, report):
         report()
 
 
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def test_a_training_that_was_killed(tmp_path, report):
+    write(tmp_path / "runs" / "mine_s0", [2.0, 1.0])
+    with open(tmp_path / "runs" / "mine_s0" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 6, "loss": 2.5, "tokens_per_second": 1')
+    assert row(report().split("last training")[1], "mine_s0")[0] == "5"
+
+
+def test_what_cannot_be_compared_is_named(tmp_path, report):
+    with pytest.raises(SystemExit, match=r"No such file or directory: '.*runs'"):
+        report()
+    runs = [tmp_path / "runs" / name for name in ("mine_s0", "other_s0")]
+    for folder in runs:
+        write(folder, [2.0, 1.0], [[1.0, 0.5], [0.5, 0.0]])
+    file, needle = runs[1] / "perplexity" / "perplexity.json", runs[1] / "needle0" / "needle.json"
+    good, protocol = json.loads(file.read_text()), json.loads(file.read_text())["protocol"]
+    for changes, message in (
+        (
+            {"protocol": {**protocol, "lengths": [64, 256]}},
+            r"other_s0 has lengths \[64, 256\], mine_s0 has \[64, 128\]",
+        ),
+        ({"protocol": {**protocol, "windows": 4}}, "other_s0 has windows 4, mine_s0 has 3"),
+        ({"checkpoints": {"mine": good["checkpoints"]["other_s0"]}}, "perplexity.json of other_s0 measures 'mine'"),
+        ({"checkpoints": {"mine_s0": good["checkpoints"]["other_s0"]}}, "other_s0 measures 'mine_s0'"),
+        ({"checkpoints": {"other_s0": {}}}, "is not complete"),
+    ):
+        edit(file, **changes)
+        with pytest.raises(SystemExit, match=message):
+            report()
+        edit(file, **good)
+    edit(needle, protocol={"lengths": [64], "depths": [0.0, 0.5]})
+    with pytest.raises(SystemExit, match="different depths"):
+        report()
+    needle.write_text("{")
+    with pytest.raises(SystemExit, match=r"needle0/needle\.json is not valid JSON"):
+        report()
+    needle.write_text("[]")
+    with pytest.raises(SystemExit, match=r"needle0/needle\.json does not hold"):
+        report()
+    (runs[0] / "options.json").unlink()
+    with pytest.raises(SystemExit, match=r"mine_s0/options\.json"):
+        report()
+    assert not list((tmp_path / "report").iterdir())
+
+
 @pytest.mark.parametrize("name", ["real_text", "real_text_first_layers"])
 def test_committed_tables_are_those_of_the_committed_runs(name):
     folder = ROOT / "model_cards" / "results" / name
     written = json.loads((folder / "real_text.json").read_text(encoding="utf-8"))
+    recipe.check_comparable(written["runs"])
     table = recipe.all_tables(written["runs"], written["reference"])
     assert table.strip() == (folder / "real_text.md").read_text(encoding="utf-8").strip()
     pictured = [path.stem.removeprefix("analysis_") for path in folder.glob("analysis_*.png")]
