@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 
 from hf_sparse_attention.arguments import ArgumentError, parse_arguments
@@ -38,13 +39,20 @@ def main(argv: list[str] | None = None) -> None:
         path = Path(args.model) / "README.md"
         if not path.is_file():
             raise ArgumentError(f"model: {args.model} has no README.md")
-        card = replace_results(ModelCard.load(path), results, repo_id=args.repo_id)
+        card = replace_results(load_card(path), results, repo_id=args.repo_id)
         temporary = path.with_name(".README.md.tmp")
         card.save(temporary)
         temporary.replace(path)
     except (ArgumentError, OSError, ValueError) as error:
         sys.exit(f"update_card.py: error: {error}")
     print(f"{path} has {len(results)} results")
+
+
+def load_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ArgumentError(f"model: {path} is not a model card ({' '.join(str(error).split())})") from error
 
 
 def measurements(path: Path, label: str | None) -> list[Measurement]:
@@ -78,6 +86,9 @@ def measurements(path: Path, label: str | None) -> list[Measurement]:
 
 
 def perplexities(found: dict[str, Any], protocol: dict[str, Any], data: str) -> list[Measurement]:
+    for length, cell in found["by_length"].items():
+        if cell["perplexity"] is None:
+            raise ValueError(f"the perplexity at {length} tokens is infinite")
     return [
         Measurement(
             "perplexity",

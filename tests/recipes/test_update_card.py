@@ -86,12 +86,15 @@ def test_what_is_missing_is_named(model, perplexity, needle, tmp_path):
     content = (model / "README.md").read_bytes()
     odd = write(tmp_path / "analysis.json", {"mine": {"layers": []}})
     cut = write(tmp_path / "cut.json", {"mine": {"by_length": {}}})
+    infinite = {"by_length": {"64": {"perplexity": None, "tokens": 9}}}
+    diverged = write(tmp_path / "diverged.json", {"mine": infinite}, run={"settings": {"data": ["a"]}})
     empty = write(tmp_path / "empty.json", {})
     for flags, message in (
         ([needle], "mine, other; say which"),
         ([perplexity, "--label", "yours"], "has mine, not yours"),
         ([odd], "neither perplexities nor needles of mine"),
         ([cut], "cut.json is not complete (KeyError('run'))"),
+        ([diverged], "diverged.json is not complete (ValueError('the perplexity at 64 tokens is infinite'))"),
         ([empty], "empty.json has no checkpoints"),
         ([str(tmp_path / "nothing.json")], "nothing.json is not a perplexity.json or needle.json"),
         ([str(model / "README.md")], "README.md is not a perplexity.json"),
@@ -103,6 +106,14 @@ def test_what_is_missing_is_named(model, perplexity, needle, tmp_path):
         run(tmp_path, "--measured", perplexity)
     assert (model / "README.md").read_bytes() == content
     assert sorted(path.name for path in model.iterdir()) == ["README.md"]
+
+
+@pytest.mark.parametrize("content", [b"---\na: [\n---\n## Results\n## End\n", b"\xff\xfe"], ids=["yaml", "bytes"])
+def test_a_card_that_cannot_be_read_is_named(model, perplexity, content):
+    (model / "README.md").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"error: model: .*README\.md is not a model card"):
+        run(model, "--measured", perplexity)
+    assert (model / "README.md").read_bytes() == content
 
 
 def test_a_card_of_another_make_is_refused():
