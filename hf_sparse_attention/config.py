@@ -171,6 +171,12 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def for_preset(fields: Mapping[str, Any], requested: Any) -> Mapping[str, Any]:
+    """``fields`` that are given together with an attention implementation: for it, if that is a preset."""
+    is_for_preset = isinstance(requested, str) and requested in PRESETS and isinstance(fields, Mapping)
+    return {"preset": requested, **fields} if is_for_preset else fields
+
+
 def merge_settings(stored: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """``stored`` with ``overrides`` on top; a new preset brings its own alpha, length_scaling and top_k."""
     for values in (stored, overrides):

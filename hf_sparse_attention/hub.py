@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import PRESETS, merge_settings
+from .config import PRESETS, for_preset, merge_settings
 
 REMOTE_CODE_FILE = "modeling_sparse_attention.py"
 _MODULE = Path(REMOTE_CODE_FILE).stem
@@ -59,6 +59,7 @@ class TrustedCheckpoint:
             given = kwargs.pop("sparse_attention", None) or config.sparse_attention
             stored, _ = config.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if given is not None:
+                given = for_preset(given, config._attn_implementation)
                 config.sparse_attention = merge_settings(stored.get("sparse_attention"), given)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import CONFIG_NAME, logging
 
 from .attention import sparse_attention_forward
-from .config import PRESETS, SparseAttentionConfig, merge_settings
+from .config import PRESETS, SparseAttentionConfig, for_preset, merge_settings
 from .conversion import attach, is_attached, resolve_settings, text_config
 from .hub import update_remote_code
 from .length_scale import SCALE_MODULES
@@ -75,7 +75,7 @@ def _from_dict(original: Callable, cls: type, config_dict: dict[str, Any], **kwa
     """A ``sparse_attention`` given at loading time changes single fields of the stored one."""
     given, stored = kwargs.get("sparse_attention"), config_dict.get("sparse_attention")
     if isinstance(given, Mapping) and isinstance(stored, Mapping):
-        kwargs["sparse_attention"] = merge_settings(stored, given)
+        kwargs["sparse_attention"] = merge_settings(stored, for_preset(given, kwargs.get("attn_implementation")))
     return original(cls, config_dict, **kwargs)
 
 
@@ -115,7 +115,8 @@ def _move_to_text_config(config: PreTrainedConfig, requested: str | None) -> str
     """In a composite model the text model has the settings, and the other sub-models keep transformers' attention."""
     text = text_config(config)
     if config.sparse_attention is not None:
-        text.sparse_attention = merge_settings(text.sparse_attention or {}, config.sparse_attention)
+        given = for_preset(config.sparse_attention, requested)
+        text.sparse_attention = merge_settings(text.sparse_attention or {}, given)
         config.sparse_attention = None
     if requested is None and text.sparse_attention is not None:
         requested = SparseAttentionConfig.from_dict(text.sparse_attention).preset

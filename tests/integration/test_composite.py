@@ -96,6 +96,16 @@ def test_save_and_load(composite, tmp_path):
     assert torch.equal(forward(loaded, inputs), forward(model, inputs))
 
 
+def test_another_preset_and_its_fields_at_loading_time(composite, tmp_path):
+    model, _ = composite
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = type(model).from_pretrained(
+        tmp_path / "sparse", attn_implementation="entmax", sparse_attention={"alpha": 1.25}
+    )
+    settings = loaded.config.text_config.sparse_attention
+    assert (settings["preset"], settings["alpha"], settings["position_encoding"]) == ("entmax", 1.25, "nape")
+
+
 def test_generate(composite):
     model, inputs = composite
     if isinstance(model, LlavaForConditionalGeneration):

@@ -8,6 +8,7 @@ from families import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_sparse_attention import PRESETS, SparseAttentionConfig, convert
+from hf_sparse_attention.hub import TrustedCheckpoint
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -134,3 +135,22 @@ def test_another_preset_at_loading_time(tmp_path):
     settings = model.config.sparse_attention
     assert (settings["preset"], settings["alpha"], settings["length_scaling"]) == ("softmax", 1.0, "none")
     assert settings["position_encoding"] == "nape"
+
+
+def test_another_preset_and_its_fields_at_loading_time(tmp_path):
+    """The fields are the new preset's: alpha is not lost with the alpha of the stored one."""
+    tiny_model(position="nape").save_pretrained(tmp_path)
+    given = {"attn_implementation": "entmax", "sparse_attention": {"alpha": 1.25}}
+    trusted = type("LlamaForCausalLM", (TrustedCheckpoint, LlamaForCausalLM), {})
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path, **given),
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, **given)),
+        trusted.from_pretrained(
+            tmp_path,
+            config=AutoConfig.from_pretrained(tmp_path, attn_implementation="entmax"),
+            sparse_attention={"alpha": 1.25},
+        ),
+    ):
+        settings = model.config.sparse_attention
+        assert (settings["preset"], settings["alpha"], settings["length_scaling"]) == ("entmax", 1.25, "none")
+        assert settings["position_encoding"] == "nape"
