@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .dispatch import choose_backend, run_triton
 from .library import chunked_attention
@@ -74,7 +75,9 @@ def sparse_attention(
 
     Under autocast, query, key and value are cast to its dtype, as for PyTorch's own attention.
 
-    All conditions on visibility hold together.
+    All conditions on visibility hold together. Keys and values that no query sees must be finite too: 0 * NaN is NaN.
+
+    Second derivatives and gradients by ``torch.func`` need ``impl="reference"``, forward mode ``alpha=1`` as well.
 
     Returns:
         (B, Hq, Lq, Dv) in the dtype of ``query``; with ``return_weights`` a pair with the weights (B, Hq, Lq, Lk).
@@ -82,6 +85,7 @@ def sparse_attention(
     Raises:
         ValueError: an argument has a value, shape, dtype or device that is not allowed; the message names it.
         TypeError: an argument has the wrong type.
+        NotImplementedError: an argument has a forward-mode tangent, of which the backend has no derivative.
     """
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value)
@@ -144,6 +148,7 @@ def sparse_attention(
     if backend == "reference":
         output, weights = reference_attention(query, key, value, **arguments)
         return (output, weights) if return_weights else output
+    _check_no_tangents(backend, query, key, value, query_scale, slopes)
     if backend == "triton":
         return run_triton(query, key, value, **arguments)
     return chunked_attention(query, key, value, **arguments)
@@ -270,6 +275,16 @@ def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}.")
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: the device of query, {query.device}.")
+
+
+def _check_no_tangents(backend: str, *tensors: Tensor | None) -> None:
+    """Forward-mode derivatives would be zero without a word: operators drop tangents."""
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"impl={backend!r} has no forward-mode derivative; use reverse mode, or impl='reference' with alpha=1."
+        )
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

@@ -119,3 +119,10 @@ def _autograd(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _refuse_second_derivatives(*_: Any) -> None:
+    raise NotImplementedError("sparse_attention has second derivatives with impl='reference' only.")
+
+
+_backward.register_autograd(_refuse_second_derivatives)

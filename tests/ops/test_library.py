@@ -168,3 +168,21 @@ def test_gradients_only_of_what_needs_them():
     assert (gradient != 0).any()
     assert set(everything) == {"output", "query", "key", "value"}
     assert set(run(CASES["causal"], "chunked", alpha=1.5)) == {*everything, "query_scale", "slopes"}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_derivatives_that_are_missing_are_refused_with_what_to_do(alpha):
+    query, key, value = inputs()
+    (first,) = torch.autograd.grad(
+        sparse_attention(query, key, value, alpha=alpha).square().sum(), query, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="second derivatives with impl='reference'"):
+        first.sum().backward()
+    detached = [tensor.detach() for tensor in (query, key, value)]
+    for changed in range(3):
+
+        def attend(tensor, changed=changed):
+            return sparse_attention(*detached[:changed], tensor, *detached[changed + 1 :], alpha=alpha)
+
+        with pytest.raises(NotImplementedError, match="impl='chunked' has no forward-mode derivative"):
+            torch.func.jvp(attend, (detached[changed],), (torch.ones_like(detached[changed]),))
