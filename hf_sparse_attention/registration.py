@@ -1,9 +1,9 @@
 """Registers the presets with transformers and teaches model construction, loading and saving about them.
 
-Six methods and a function of transformers are wrapped, each once and each acting only on configs that ask for a
+Seven methods and a function of transformers are wrapped, each once and each acting only on configs that ask for a
 preset: ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
-``PreTrainedModel.post_init`` and ``_initialize_weights``, ``GenerationMixin.init_continuous_batching``, and
-``masking_utils._preprocess_mask_arguments``.
+``set_attn_implementation``, ``post_init`` and ``_initialize_weights``,
+``GenerationMixin.init_continuous_batching``, and ``masking_utils._preprocess_mask_arguments``.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def register() -> None:
     PreTrainedConfig.to_json_file = _wrapped(PreTrainedConfig.to_json_file, _to_json_file)
     for name, wrapper in (
         ("get_correct_attn_implementation", _get_correct_attn_implementation),
+        ("set_attn_implementation", _set_attn_implementation),
         ("post_init", _post_init),
         ("_initialize_weights", _initialize_weights),
     ):
@@ -85,9 +86,12 @@ def _to_json_file(
     """A checkpoint's config names its preset, and the code beside it that ``trust_remote_code=True`` runs."""
     path = Path(json_file_path)
     if path.name == CONFIG_NAME:
-        preset = _requested_preset(self)
-        if preset in PRESETS and text_config(self) is self:
+        preset, text = _requested_preset(self), text_config(self)
+        if preset in PRESETS and text is self:
             resolve_settings(self, preset)
+        if text.sparse_attention is not None and text._attn_implementation is not None:
+            # A built model may have been switched since.
+            self.attn_implementation = text.attn_implementation = text._attn_implementation
         update_remote_code(self, path.parent)
     original(self, json_file_path, *args, **kwargs)
 
@@ -127,6 +131,17 @@ def _move_to_text_config(config: PreTrainedConfig, requested: str | None) -> str
                 sub_config._attn_implementation = requested if sub_config is text else None
         config.attn_implementation = requested
     return requested
+
+
+def _set_attn_implementation(
+    original: Callable, self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """A preset that is switched on in a composite model is switched on in its text model."""
+    text = text_config(self.config)
+    if isinstance(attn_implementation, str) and attn_implementation in PRESETS and text is not self.config:
+        keys = [key for key in self.config.sub_configs if getattr(self.config, key, None) is text]
+        attn_implementation = dict.fromkeys(["", *keys], attn_implementation)
+    original(self, attn_implementation, *args, **kwargs)
 
 
 def _post_init(original: Callable, self: PreTrainedModel) -> None:

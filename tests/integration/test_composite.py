@@ -106,6 +106,22 @@ def test_another_preset_and_its_fields_at_loading_time(composite, tmp_path):
     assert (settings["preset"], settings["alpha"], settings["position_encoding"]) == ("entmax", 1.25, "nape")
 
 
+def test_switching_off_and_on(composite, tmp_path):
+    model, inputs = composite
+    expected = forward(model, inputs)
+    model.set_attn_implementation("eager")
+    assert not torch.allclose(forward(model, inputs), expected)
+    model.save_pretrained(tmp_path / "off")
+    loaded = type(model).from_pretrained(tmp_path / "off")
+    assert loaded.config.text_config._attn_implementation == "eager"
+    model.set_attn_implementation("asentmax")
+    assert model.config.text_config._attn_implementation == "asentmax"
+    assert model.config.vision_config._attn_implementation == "eager"
+    torch.testing.assert_close(forward(model, inputs), expected)
+    model.save_pretrained(tmp_path / "on")
+    assert type(model).from_pretrained(tmp_path / "on").config.text_config._attn_implementation == "asentmax"
+
+
 def test_generate(composite):
     model, inputs = composite
     if isinstance(model, LlavaForConditionalGeneration):

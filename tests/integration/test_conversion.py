@@ -88,6 +88,22 @@ def test_switching_to_sdpa_and_back():
     assert torch.equal(alone(model, row), sparse)
 
 
+def test_a_model_saved_while_switched_off_is_loaded_as_that(tmp_path):
+    model = tiny_model(position="nape")
+    (row,) = prompts(8)
+    sparse = alone(model, row)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path / "off")
+    off = AutoModelForCausalLM.from_pretrained(tmp_path / "off").eval()
+    assert off.config._attn_implementation == "sdpa"
+    assert torch.equal(alone(off, row), alone(model, row))
+    on = AutoModelForCausalLM.from_pretrained(tmp_path / "off", attn_implementation="asentmax").eval()
+    assert torch.equal(alone(on, row), sparse)
+    model.set_attn_implementation("asentmax")
+    model.save_pretrained(tmp_path / "on")
+    assert torch.equal(alone(AutoModelForCausalLM.from_pretrained(tmp_path / "on").eval(), row), sparse)
+
+
 def test_wrong_field_leaves_the_model_unchanged():
     model = AutoModelForCausalLM.from_config(tiny_config())
     for fields, message in (({"alpha": 3}, "alpha is 3"), ({"alibi_heads": 99, "position_encoding": "nape"}, "99")):
