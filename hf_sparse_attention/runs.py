@@ -11,13 +11,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """``Accelerator(**options)`` whose processes know of each other on a machine without an accelerator too.
+
+    Otherwise each of them would there be the only one, and do all of the work.
+    """
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
 
 
 class MetricsLog:

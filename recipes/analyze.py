@@ -41,7 +41,7 @@ from hf_sparse_attention.evaluation.checkpoints import (
     training_length,
 )
 from hf_sparse_attention.evaluation.report import format_number, format_table, run_record, write_json
-from hf_sparse_attention.runs import replace_files
+from hf_sparse_attention.runs import make_accelerator, replace_files
 
 
 @dataclass
@@ -112,7 +112,7 @@ class AnalyzeArguments:
 
 def main() -> None:
     (args,) = parse_arguments(AnalyzeArguments, description=__doc__)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     try:
         if accelerator.num_processes > 1:
             raise ValueError(f"num_processes is {accelerator.num_processes}; it runs in one process.")

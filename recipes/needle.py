@@ -39,7 +39,7 @@ from hf_sparse_attention.evaluation.needles import DECODINGS, NeedleAnswer, cach
 from hf_sparse_attention.evaluation.plots import plot_needles
 from hf_sparse_attention.evaluation.report import format_table, run_record, write_json
 from hf_sparse_attention.metrics.needle_recall.needle_recall import NeedleRecall
-from hf_sparse_attention.runs import replace_files
+from hf_sparse_attention.runs import make_accelerator, replace_files
 
 BUNDLED_ESSAYS = os.path.relpath(Path(__file__).parent / "data" / "haystack.txt")
 
@@ -143,7 +143,7 @@ class NeedleArguments:
 
 def main() -> None:
     (args,) = parse_arguments(NeedleArguments, description=__doc__)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     try:
         with locked_folder(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
             evaluate(args, accelerator)

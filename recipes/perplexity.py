@@ -46,7 +46,7 @@ from hf_sparse_attention.evaluation.perplexity import (
 from hf_sparse_attention.evaluation.plots import plot_perplexity
 from hf_sparse_attention.evaluation.report import format_number, format_table, run_record, write_json
 from hf_sparse_attention.metrics.perplexity_by_length.perplexity_by_length import PerplexityByLength
-from hf_sparse_attention.runs import replace_files
+from hf_sparse_attention.runs import make_accelerator, replace_files
 
 
 @dataclass
@@ -121,7 +121,7 @@ class PerplexityArguments:
 
 def main() -> None:
     (args,) = parse_arguments(PerplexityArguments, description=__doc__)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     try:
         with locked_folder(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
             evaluate(args, accelerator)

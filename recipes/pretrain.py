@@ -61,7 +61,7 @@ from hf_sparse_attention.data import (
     step_rows,
 )
 from hf_sparse_attention.loading import load_tokenizer
-from hf_sparse_attention.runs import MetricsLog, StopSignals, replace_files
+from hf_sparse_attention.runs import MetricsLog, StopSignals, make_accelerator, replace_files
 
 MakeModel = Callable[[ModelOptions, PreTrainedTokenizerBase, int], torch.nn.Module]
 SaveResult = Callable[[Accelerator, torch.nn.Module, PreTrainedTokenizerBase, Path], list[str]]
@@ -109,12 +109,8 @@ def run(
     for tracker in options.trackers or []:
         if tracker not in installed:
             raise ArgumentError(f"trackers: {tracker!r} is not installed; installed: {', '.join(installed) or 'none'}")
-    accelerator = Accelerator(
-        # Without this, processes on a machine without an accelerator would each train alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=options.mixed_precision,
-        log_with=options.trackers,
-        project_dir=options.output_dir,
+    accelerator = make_accelerator(
+        mixed_precision=options.mixed_precision, log_with=options.trackers, project_dir=options.output_dir
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ArgumentError(

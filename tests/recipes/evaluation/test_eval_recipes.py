@@ -63,17 +63,17 @@ def numbers(file):
 
 
 def launch_two(recipe, flags):
+    config = RECIPES / "configs" / "accelerate" / "multi_gpu.yaml"
     command = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--config_file",
+        str(config),
         "--num_processes",
         "2",
-        "--num_machines",
-        "1",
     ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1"]
     command += ["--main_process_port", "0", str(RECIPES / recipe), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -116,6 +116,7 @@ def test_perplexity_recipe(run, texts, tmp_path, softmax_checkpoint, asentmax_ch
 
     two = perplexity_flags(texts, tmp_path / "two", *models)
     launch_two("perplexity.py", [*two, *scaling, "--batch_tokens", 200])
+    assert json.loads((tmp_path / "two" / "perplexity.json").read_text())["run"]["processes"] == 2
     run("perplexity.py", *flags, *scaling, "--batch_tokens", 200)
     assert numbers(tmp_path / "two" / "perplexity.json") == numbers(tmp_path / "one" / "perplexity.json")
 
@@ -143,6 +144,7 @@ def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
     assert "most likely" in forced["protocol"]["decoding"]
 
     launch_two("needle.py", [*needle_flags(tmp_path / "two", *models), "--batch_tokens", 100])
+    assert json.loads((tmp_path / "two" / "needle.json").read_text())["run"]["processes"] == 2
     assert numbers(tmp_path / "two" / "needle.json") == numbers(tmp_path / "one" / "needle.json")
     for name in ("soft", "mine"):
         file = f"answers_{name}.jsonl"
