@@ -299,6 +299,9 @@ def train(
                 rate = options.learning_rate * factor
                 log.write(step, learning_rate=rate, grad_norm=norm, tokens=tokens, alpha=alpha)
             if evaluating:
+                if alpha_schedule:
+                    # What a model that is saved now computes with.
+                    alpha_schedule.step(step)
                 evaluation = evaluate(accelerator, model, validation, options.device_batch_size)
                 log.append(step, evaluation)
             if saving:

@@ -16,6 +16,7 @@ from tiny_run import TINY_MODEL, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.checkpoints import list_checkpoints, locked_folder, write_manifest
+from hf_sparse_attention.training import get_alpha
 
 
 def weights(folder):
@@ -254,6 +255,17 @@ def test_patching_with_an_alpha_schedule(pretrain, tmp_path):
     again = copy_until(output, tmp_path / "again", 2)
     pretrain(again, **patch, resume="checkpoint-00000002", keep_checkpoints=9)
     assert read_metrics(again) == metrics
+
+
+def test_what_is_validated_within_the_ramp_is_what_is_saved(pretrain, text_file, tmp_path, monkeypatch):
+    measured = []
+    original = recipe.evaluate
+    monkeypatch.setattr(recipe, "evaluate", lambda *args: measured.append(get_alpha(args[1])) or original(*args))
+    ramp = {"alpha_steps": 8, "max_steps": 4, "eval_steps": 2, "save_steps": 0, "validation_data": str(text_file)}
+    output = pretrain(tmp_path / "run", **ramp)
+    assert measured == [1.125, 1.25]
+    assert AutoModelForCausalLM.from_pretrained(output).config.sparse_attention["alpha"] == 1.25
+    assert [line["alpha"] for line in read_metrics(output) if "alpha" in line] == [1.0, 1.0625, 1.125, 1.1875]
 
 
 def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tmp_path, trained):
