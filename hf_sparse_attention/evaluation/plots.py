@@ -83,8 +83,9 @@ def plot_needles(
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
             if 0 < beyond < len(lengths):
                 axes.axvline(beyond - 0.5, color="white", linestyle="--", linewidth=1)
-    for axes in axes_grid[-1]:
-        axes.set_xlabel("length (tokens); trained left of the dashed line", fontsize=7)
+    note = "; trained left of the dashed line" if 0 < beyond < len(lengths) else ""
+    # One for all columns, which can be narrower than it.
+    figure.supxlabel(f"length (tokens){note}", fontsize=7)
     for axes in axes_grid[:, 0]:
         axes.set_ylabel("depth of the needle", fontsize=8)
     figure.colorbar(image, ax=axes_grid, label="needles found", fraction=0.05)
@@ -108,9 +109,11 @@ def length_axis(axes: Axes, label: str, train_length: int | None) -> None:
     axes.set_xlabel(label)
     if train_length is not None:
         axes.axvline(train_length, color="0.7", linestyle="--", linewidth=1)
-        axes.text(
-            train_length, 0.02, " training length", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom"
-        )
+        low, high = axes.get_xlim()
+        # Near the right end it would leave the picture.
+        side = "right" if train_length / low > (high / low) ** 0.7 else "left"
+        place = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": side}
+        axes.text(train_length, 0.02, " training length ", fontsize=7, **place)
     axes.grid(alpha=0.25)
 
 
