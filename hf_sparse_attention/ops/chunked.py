@@ -54,10 +54,8 @@ class ChunkedAttention:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output (B, Hq, Lq, Dv) and m, tau, Z as (3, B, Hq, Lq) in the compute dtype."""
-        batch, heads, length, _ = self.query.shape
-        # Stored by token, as the projection that follows wants it.
-        output = self.query.new_zeros(batch, length, heads, self.value.shape[3]).transpose(1, 2)
-        statistics = self.query.new_zeros(3, batch, heads, length, dtype=self._dtype)
+        output = empty_output(self.query, self.value).zero_()
+        statistics = self.query.new_zeros(3, *self.query.shape[:3], dtype=self._dtype)
         generator = self._generator()
         for tile in self._tiles():
             rows = self._rows(tile, self.query) * self._row_factor(tile)
@@ -249,6 +247,15 @@ class ChunkedAttention:
     def _dropout(self, generator: torch.Generator, shape: torch.Size) -> Tensor:
         keep = self._buffer(3, shape).bernoulli_(1.0 - self.dropout_p, generator=generator)
         return keep.div_(1.0 - self.dropout_p)
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """Uninitialised (B, Hq, Lq, Dv), stored by token as the projection that follows wants it.
+
+    Not a transposed view: autograd would forbid callers to change that in place.
+    """
+    batch, heads, length, dim = *query.shape[:3], value.shape[3]
+    return query.new_empty_strided((batch, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import ChunkedAttention
+from .chunked import ChunkedAttention, empty_output
 from .visibility import Visibility
 
 _ARGUMENTS = (
@@ -63,10 +63,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return output, query.new_empty(3, batch, heads, length, dtype=dtype)
+    return empty_output(query, value), query.new_empty(3, *query.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op(

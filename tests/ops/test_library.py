@@ -170,6 +170,13 @@ def test_gradients_only_of_what_needs_them():
     assert set(run(CASES["causal"], "chunked", alpha=1.5)) == {*everything, "query_scale", "slopes"}
 
 
+def test_the_output_may_be_changed_in_place():
+    tensors = inputs()
+    expected = torch.autograd.grad((sparse_attention(*tensors) * 2).square().sum(), tensors)
+    found = torch.autograd.grad(sparse_attention(*tensors).mul_(2).square().sum(), tensors)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_derivatives_that_are_missing_are_refused_with_what_to_do(alpha):
     query, key, value = inputs()
