@@ -118,7 +118,8 @@ class AlphaSchedule:
 
     Args:
         model: a model with sparse attention; changed at once to the alpha of step 0.
-        target: alpha from step ``steps`` on, in [1, 2]; None takes the model's present alpha.
+        target: alpha from step ``steps`` on, in [1, 2]; None takes the model's present alpha, if that is not
+            ``start``.
         steps: length of the ramp in optimizer steps.
         start: alpha at step 0.
         update_every: change alpha only every so many steps. A compiled model is compiled anew at each change, and
@@ -132,6 +133,11 @@ class AlphaSchedule:
             raise ValueError(f"steps ({steps}) and update_every ({update_every}) must be at least 1")
         self.model = model
         self.target = get_alpha(model) if target is None else target
+        if target is None and self.target == start:
+            raise ValueError(
+                f"the model's alpha is {start} already, perhaps from an earlier schedule, and no target is given: the "
+                "schedule would change nothing. Give the alpha to reach, e.g. target=1.5."
+            )
         self.start = start
         self.steps = steps
         self.update_every = update_every

@@ -232,6 +232,13 @@ class TestAlphaSchedule:
         schedule = AlphaSchedule(self.patched(), target=2.0, steps=10, update_every=5)
         assert [schedule.alpha(n) for n in (0, 4, 5, 9, 10)] == [1.0, 1.0, 1.5, 1.5, 2.0]
 
+    def test_a_second_schedule_needs_a_target(self):
+        model = self.patched()
+        AlphaScheduleCallback(model, steps=3)
+        with pytest.raises(ValueError, match=r"alpha is 1.0 already, .*no target is given"):
+            AlphaScheduleCallback(model, steps=3)
+        assert AlphaScheduleCallback(model, steps=3, target=1.5).schedule.target == 1.5
+
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match=r"steps \(0\)"):
             AlphaSchedule(self.patched(), target=1.5, steps=0)
