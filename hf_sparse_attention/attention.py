@@ -47,6 +47,7 @@ def prepare_attention_call(module: nn.Module, args: tuple, kwargs: dict[str, Any
     if module.config._attn_implementation not in PRESETS:
         return None
     settings = module.config.sparse_attention
+    _check_unchanged(module, settings)
     hidden_states = args[0] if args else kwargs["hidden_states"]
     kwargs = dict(kwargs)
     scale = getattr(module, "length_scale", None)
@@ -57,6 +58,16 @@ def prepare_attention_call(module: nn.Module, args: tuple, kwargs: dict[str, Any
         kwargs["position_embeddings"] = _without_rotation(module, kwargs.get("position_embeddings"))
     _refuse_packed_cache(module, hidden_states, kwargs)
     return args, kwargs
+
+
+def _check_unchanged(module: nn.Module, settings: dict[str, Any] | None) -> None:
+    """Refuse settings whose change a built layer would not follow."""
+    for name, value in module.built_with.items():
+        if settings is None or settings.get(name) != value:
+            raise ValueError(
+                f"The model was built with sparse_attention.{name} {value!r}, which its config no longer says. Change "
+                f"settings with hf_sparse_attention.convert(model, {module.config._attn_implementation!r}, ...)."
+            )
 
 
 def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ from .models import check_config, is_supported, unsupported_model
 
 logger = logging.get_logger(__name__)
 
+# Settings that layers keep when they are built; the others are read from the config at every call.
+_BUILT_IN = ("length_scaling", "gamma_range", "positive_gamma", "alibi_layers")
+
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config whose attention is replaced: the text model's in a composite model, else ``config`` itself."""
@@ -55,6 +58,7 @@ def attach(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
             with torch.device(like.device):
                 scale = LengthScale(settings, config.hidden_size, config.num_attention_heads)
             module.length_scale = scale.to(like.dtype) if like.is_floating_point() else scale
+        module.built_with = {name: getattr(settings, name) for name in _BUILT_IN}
         module.alibi_on_all_heads = settings.alibi_layers > 0 and module.layer_idx < settings.alibi_layers
         module.register_forward_pre_hook(prepare_attention_call, with_kwargs=True)
         changed.append(module)
@@ -78,7 +82,7 @@ def detach(model: nn.Module) -> None:
             if hook is prepare_attention_call:
                 del module._forward_pre_hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
-                del module.alibi_on_all_heads
+                del module.alibi_on_all_heads, module.built_with
                 if hasattr(module, "length_scale"):
                     del module.length_scale
 
@@ -120,6 +124,7 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
         merge_settings(config.sparse_attention, {"preset": attn_implementation, **fields})
     )
     settings.check_sizes(config.num_attention_heads, config.num_hidden_layers)
+    _refuse_offloaded(base)
     before = {name for name, _ in model.named_parameters()}
     kept = {name: value for name, value in base.state_dict().items() if ".length_scale." in name}
     detach(base)
@@ -155,6 +160,20 @@ def revert(model: nn.Module, attn_implementation: str = "sdpa") -> None:
     for owner in (config, base.config):
         for name in ("sparse_attention", "attn_implementation"):
             owner.__dict__.pop(name, None)
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Accelerate brings the weights that it keeps elsewhere, and no parameter that is added later."""
+    for module in model.modules():
+        if is_supported(module) and next(module.parameters()).is_meta and _is_dispatched(module):
+            raise ValueError(
+                "weights of the model are offloaded, so it cannot be converted. Convert it without offloading, save "
+                "it, and load that with the device_map."
+            )
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def _set_implementation(base: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:

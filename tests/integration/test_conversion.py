@@ -104,6 +104,49 @@ def test_a_model_saved_while_switched_off_is_loaded_as_that(tmp_path):
     assert torch.equal(alone(AutoModelForCausalLM.from_pretrained(tmp_path / "on").eval(), row), sparse)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gamma_range", 1.0), ("positive_gamma", True), ("alibi_layers", 1), ("length_scaling", "none")],
+)
+def test_settings_that_a_built_model_cannot_follow(name, value):
+    model = tiny_model(position="nape")
+    (row,) = prompts(8)
+    before = alone(model, row)
+    model.config.sparse_attention[name] = value
+    with pytest.raises(
+        ValueError, match=rf"sparse_attention.{name} .* hf_sparse_attention.convert\(model, 'asentmax'"
+    ):
+        alone(model, row)
+    convert(model, "asentmax", **{name: value})
+    assert not torch.allclose(alone(model, row), before)
+
+
+@pytest.mark.parametrize("settings", [None, {"alpha": 1.25}], ids=str)
+def test_settings_that_lost_fields_of_a_built_model(settings):
+    model = tiny_model(position="nape")
+    model.config.sparse_attention = settings
+    with pytest.raises(ValueError, match=r"built with sparse_attention.length_scaling 'adaptive'"):
+        alone(model, prompts(8)[0])
+
+
+def test_offloaded_weights(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(tmp_path)
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    options = {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"weights of the model are offloaded.* Convert it without offloading"):
+        convert(model)
+    assert model.config.sparse_attention is None
+    convert(whole := AutoModelForCausalLM.from_pretrained(tmp_path))
+    whole.save_pretrained(tmp_path / "converted")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", **options)
+    (row,) = prompts(8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(row[None]).logits[0], alone(whole, row))
+
+
 def test_wrong_field_leaves_the_model_unchanged():
     model = AutoModelForCausalLM.from_config(tiny_config())
     for fields, message in (({"alpha": 3}, "alpha is 3"), ({"alibi_heads": 99, "position_encoding": "nape"}, "99")):
