@@ -138,13 +138,16 @@ def test_softmax_equals_pytorch(impl):
     torch.testing.assert_close(actual, expected)
 
 
-def test_autocast_computes_in_its_dtype_as_pytorch_does():
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_autocast_computes_in_its_dtype_as_pytorch_does(impl, alpha):
     query, key = torch.randn(2, 1, 3, 20, 8).unbind(0)
     value = torch.randn(1, 3, 20, 8, dtype=torch.bfloat16)
+    options = {"is_causal": True, "alpha": alpha, "impl": impl}
     with torch.autocast("cpu", torch.bfloat16):
-        actual = sparse_attention(query.requires_grad_(), key, value, is_causal=True)
+        actual = sparse_attention(query.requires_grad_(), key, value, **options)
     assert actual.dtype == torch.bfloat16
-    expected = sparse_attention(query.bfloat16(), key.bfloat16(), value, is_causal=True)
+    expected = sparse_attention(query.bfloat16(), key.bfloat16(), value, **options)
     assert torch.equal(actual, expected)
     (gradient,) = torch.autograd.grad(actual.float().sum(), query)
     assert gradient.dtype == torch.float32
