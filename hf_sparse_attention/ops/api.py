@@ -66,8 +66,8 @@ def sparse_attention(
             ``cu_seqlens[d + 1] - 1``; documents do not see each other.
         key_start: int (B or 1, Lq), first key that each query sees.
         key_end: int (B or 1, Lq), one past the last key that each query sees.
-        query_positions: int (B or 1, Lq), positions for the ALiBi distance, default ``i + Lk - Lq``.
-        key_positions: int (B or 1, Lk), positions for the ALiBi distance, default ``j``.
+        query_positions: int (B or 1, Lq), positions for the ALiBi distance, within int32; default ``i + Lk - Lq``.
+        key_positions: int (B or 1, Lk), positions for the ALiBi distance, within int32; default ``j``.
         top_k: softmax over the largest ``top_k`` visible scores (ties with the last one kept); needs ``alpha=1``.
         dropout_p: probability of dropping a weight, in [0, 1).
         return_weights: also return the weights; computed densely.
@@ -174,6 +174,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is nested or sparse; allowed: dense, with packed documents in cu_seqlens.")
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: (batch, heads, length, head_dim).")
         if tensor.dtype not in _DTYPES:

@@ -15,6 +15,8 @@ QUERY, KEY, VALUE = torch.zeros(2, 6, 5, 4), torch.zeros(2, 2, 7, 4), torch.zero
 WRONG_VALUES = {
     "query: three dimensions": ({"query": QUERY[0]}, "query"),
     "query: integers": ({"query": QUERY.long()}, "query"),
+    "query: nested": ({"query": torch.nested.nested_tensor([QUERY[0, 0], QUERY[0, 0, :3]], layout=torch.jagged)}, "query"),
+    "value: sparse": ({"value": VALUE.to_sparse()}, "value"),
     "query: float8": ({"query": QUERY.to(torch.float8_e4m3fn)}, "query"),
     "query: head_dim 0": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query"),
     "key: batch": ({"key": KEY[:1]}, "key"),
