@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_sparse_attention.ops import dispatch, sparse_attention
 
 QUERY, KEY, VALUE = torch.zeros(2, 6, 5, 4), torch.zeros(2, 2, 7, 4), torch.zeros(2, 2, 7, 3)
+NESTED = torch.nested.nested_tensor([torch.zeros(5, 4), torch.zeros(3, 4)], layout=torch.jagged)
 
 WRONG_VALUES = {
     "query: three dimensions": ({"query": QUERY[0]}, "query"),
     "query: integers": ({"query": QUERY.long()}, "query"),
-    "query: nested": ({"query": torch.nested.nested_tensor([QUERY[0, 0], QUERY[0, 0, :3]], layout=torch.jagged)}, "query"),
+    "query: nested": ({"query": NESTED}, "query"),
     "value: sparse": ({"value": VALUE.to_sparse()}, "value"),
     "query: float8": ({"query": QUERY.to(torch.float8_e4m3fn)}, "query"),
     "query: head_dim 0": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query"),
