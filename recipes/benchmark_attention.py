@@ -24,6 +24,7 @@ from attention_timing import Problem, Worker, median
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.evaluation.plots import figure_grid, save_figure
 from hf_sparse_attention.evaluation.report import format_number, format_table, run_record, write_json
+from hf_sparse_attention.runs import replace_files
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -95,10 +96,17 @@ def main() -> None:
         "cpu_threads": args.threads,
         "load_average_before": load,
     }
-    write_json(folder / "benchmark_attention.json", {"by_length": results, "run": record})
-    tables = [table(result, length) for length, result in results.items()]
-    (folder / "benchmark_attention.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    plot(folder / "benchmark_attention.png", results)
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / "benchmark_attention.json", {"by_length": results, "run": record})
+        tables = [table(result, length) for length, result in results.items()]
+        (temporary / "benchmark_attention.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        plot(temporary / "benchmark_attention.png", results)
+
+    try:
+        replace_files(folder, write)
+    except OSError as error:
+        sys.exit(f"benchmark_attention.py: error: {error}")
     print(f"Written: {', '.join(str(folder / f'benchmark_attention.{end}') for end in ('json', 'md', 'png'))}")
 
 

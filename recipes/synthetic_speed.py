@@ -45,6 +45,13 @@ class SpeedOptions:
     evaluate_length: int = field(default=65536, metadata={"help": "Source of the evaluation; 0: none."})
     output: str = field(default="outputs/synthetic_speed/speed.json", metadata={"help": "Results file."})
 
+    def __post_init__(self) -> None:
+        for name, values in (("steps", [self.steps]), ("batch_sizes", self.batch_sizes)):
+            if min(values) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; allowed: at least 1")
+        if self.evaluate_length < 0:
+            raise ArgumentError(f"evaluate_length is {self.evaluate_length}; allowed: at least 0")
+
 
 def main(argv: list[str] | None = None) -> None:
     (options,) = parse_arguments(SpeedOptions, argv=argv, description=__doc__.splitlines()[0])
@@ -65,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     header = list(rows[0])
     print("\n" + format_table(header, [[str(row[name]) for name in header] for row in rows]))
     record = run_record(dataclasses.asdict(options), device, 1)
-    write_json(Path(options.output), {"training": rows, "evaluation": evaluations, "run": record})
+    try:
+        write_json(Path(options.output), {"training": rows, "evaluation": evaluations, "run": record})
+    except OSError as error:
+        sys.exit(f"synthetic_speed.py: error: {options.output}: could not be written ({error})")
 
 
 def read_options(config: str, preset: str, **changes: Any) -> tuple[TaskOptions, TrainOptions]:

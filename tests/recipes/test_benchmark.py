@@ -57,6 +57,19 @@ def test_refuses(flags, message, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    import benchmark_attention
+
+    (tmp_path / "file").write_text("")
+    turn = {"forward_s": 1.0, "backward_s": 1.0, "sum_s": 2.0, "cpu_s": 1.0, "extra_mib": 1.0, "heads_at_once": 1}
+    result = {"chunked": {**turn, "turns": [], "first_over_this": turn}}
+    monkeypatch.setattr(benchmark_attention, "compare", lambda args, length: result)
+    monkeypatch.setattr(sys, "argv", ["benchmark_attention.py", "--output_dir", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit, match=r"error: .*file/out: could not be written"):
+        benchmark_attention.main()
+    assert "length 8192" in capsys.readouterr().out
+
+
 def test_a_failing_contestant_ends_the_run_with_its_error(capsys, monkeypatch, tmp_path):
     import benchmark_attention
 
