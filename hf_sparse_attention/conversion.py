@@ -24,7 +24,14 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config whose attention is replaced: the text model's in a composite model, else ``config`` itself."""
     text = config.get_text_config(decoder=True)
     # An encoder-decoder config answers with a rewritten copy of itself.
-    return text if any(text is getattr(config, key, None) for key in config.sub_configs) else config
+    return text if holds(config, text) else config
+
+
+def holds(config: PreTrainedConfig | None, part: PreTrainedConfig) -> bool:
+    """Whether ``part`` is ``config`` or a config within it, at any depth."""
+    if config is None or config is part:
+        return config is part
+    return any(holds(getattr(config, key, None), part) for key in config.sub_configs)
 
 
 def resolve_settings(config: PreTrainedConfig, preset: str) -> None:
@@ -50,7 +57,7 @@ def attach(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
     settings = SparseAttentionConfig.from_dict(config.sparse_attention)
     changed = []
     for module in model.modules():
-        if getattr(module, "config", None) is not config or not is_supported(module) or is_attached(module):
+        if not is_attachable(module, config) or is_attached(module):
             continue
         check_config(config, settings.preset)
         if settings.length_scaling != "none":
@@ -94,6 +101,11 @@ def _is_wrapped(module: nn.Module) -> bool:
     return not {LengthScale, *SCALE_MODULES}.issuperset(parts)
 
 
+def is_attachable(module: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether ``module`` is an attention layer of the model that ``config`` describes, and of a supported kind."""
+    return is_supported(module) and getattr(module, "config", None) is config
+
+
 def is_attached(module: nn.Module) -> bool:
     """Whether an attention layer has the hook."""
     return any(hook is prepare_attention_call for hook in module._forward_pre_hooks.values())
@@ -117,7 +129,7 @@ def convert(model: nn.Module, attn_implementation: str = "asentmax", **fields: A
         raise ValueError(f"attn_implementation is {attn_implementation!r}; allowed: {', '.join(PRESETS)}.")
     base = _pretrained(model)
     config = text_config(base.config)
-    if not any(is_supported(module) and getattr(module, "config", None) is config for module in base.modules()):
+    if not any(is_attachable(module, config) for module in base.modules()):
         raise unsupported_model(type(base).__name__, attn_implementation)
     check_config(config, attn_implementation)
     settings = SparseAttentionConfig.from_dict(

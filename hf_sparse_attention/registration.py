@@ -1,13 +1,14 @@
 """Registers the presets with transformers and teaches model construction, loading and saving about them.
 
-Seven methods and a function of transformers are wrapped, each once and each acting only on configs that ask for a
-preset: ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel.get_correct_attn_implementation``,
-``set_attn_implementation``, ``post_init`` and ``_initialize_weights``,
+Eight methods and a function of transformers are wrapped, each once and each acting only on configs that ask for a
+preset: ``PreTrainedConfig.from_dict`` and ``to_json_file``, ``PreTrainedModel._from_config``,
+``get_correct_attn_implementation``, ``set_attn_implementation``, ``post_init`` and ``_initialize_weights``,
 ``GenerationMixin.init_continuous_batching``, and ``masking_utils._preprocess_mask_arguments``.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -24,7 +25,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .attention import sparse_attention_forward
 from .config import PRESETS, SparseAttentionConfig, for_preset, merge_settings
-from .conversion import attach, is_attached, resolve_settings, text_config
+from .conversion import attach, holds, is_attachable, is_attached, resolve_settings, text_config
 from .hub import update_remote_code
 from .length_scale import SCALE_MODULES
 from .masks import sparse_attention_mask
@@ -48,6 +49,8 @@ def register() -> None:
     from_dict = PreTrainedConfig.__dict__["from_dict"].__func__
     PreTrainedConfig.from_dict = classmethod(_wrapped(from_dict, _from_dict))
     PreTrainedConfig.to_json_file = _wrapped(PreTrainedConfig.to_json_file, _to_json_file)
+    from_config = PreTrainedModel.__dict__["_from_config"].__func__
+    PreTrainedModel._from_config = classmethod(_wrapped(from_config, _from_config))
     for name, wrapper in (
         ("get_correct_attn_implementation", _get_correct_attn_implementation),
         ("set_attn_implementation", _set_attn_implementation),
@@ -78,6 +81,17 @@ def _from_dict(original: Callable, cls: type, config_dict: dict[str, Any], **kwa
     if isinstance(given, Mapping) and isinstance(stored, Mapping):
         kwargs["sparse_attention"] = merge_settings(stored, for_preset(given, kwargs.get("attn_implementation")))
     return original(cls, config_dict, **kwargs)
+
+
+def _from_config(original: Callable, cls: type, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """With an attention implementation of its own a model gets a config of its own: earlier models of it go on."""
+    requested = kwargs.get("attn_implementation")
+    if requested is not None:
+        values = list(requested.values()) if isinstance(requested, Mapping) else [requested]
+        values.append(text_config(config)._attn_implementation)
+        if any(isinstance(value, str) and value in PRESETS for value in values):
+            config = copy.deepcopy(config)
+    return original(cls, config, **kwargs)
 
 
 def _to_json_file(
@@ -128,7 +142,7 @@ def _move_to_text_config(config: PreTrainedConfig, requested: str | None) -> str
         for key in config.sub_configs:
             sub_config = getattr(config, key, None)
             if sub_config is not None:
-                sub_config._attn_implementation = requested if sub_config is text else None
+                sub_config._attn_implementation = requested if holds(sub_config, text) else None
         config.attn_implementation = requested
     return requested
 
@@ -137,24 +151,29 @@ def _set_attn_implementation(
     original: Callable, self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """A preset that is switched on in a composite model is switched on in its text model."""
-    text = text_config(self.config)
-    if isinstance(attn_implementation, str) and attn_implementation in PRESETS and text is not self.config:
-        keys = [key for key in self.config.sub_configs if getattr(self.config, key, None) is text]
-        attn_implementation = dict.fromkeys(["", *keys], attn_implementation)
+    if isinstance(attn_implementation, str) and attn_implementation in PRESETS:
+        attn_implementation = _for_text_model(self.config, text_config(self.config), attn_implementation)
     original(self, attn_implementation, *args, **kwargs)
+
+
+def _for_text_model(config: PreTrainedConfig, text: PreTrainedConfig, preset: str) -> str | dict[str, Any]:
+    """``preset`` in the form that leaves the sub-models of ``config`` without ``text`` as they are."""
+    if config is text:
+        return preset
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {"": preset} | {key: _for_text_model(p, text, preset) for key, p in parts.items() if holds(p, text)}
 
 
 def _post_init(original: Callable, self: PreTrainedModel) -> None:
     preset, config = self.config._attn_implementation, self.config
-    if preset in PRESETS and text_config(config) is config:
-        resolve_settings(config, preset)
-        attach(self, config)
-        if (
-            not any(map(is_attached, self.modules()))
-            and getattr(config, "base_config_key", "") not in _OTHER_MODALITIES
-        ):
+    if preset in PRESETS:
+        if text_config(config) is config and any(is_attachable(module, config) for module in self.modules()):
+            resolve_settings(config, preset)
+            attach(self, config)
+        is_text = getattr(config, "base_config_key", "") not in _OTHER_MODALITIES
+        if is_text and not any(map(is_attached, self.modules())):
             raise unsupported_model(type(self).__name__, preset)
-    elif config.sparse_attention is not None and preset not in PRESETS:
+    elif config.sparse_attention is not None:
         config.attn_implementation = preset
         logger.warning(
             f"config.sparse_attention is set, but the model computes attn_implementation={preset!r}, as asked."

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    ColPaliConfig,
+    ColPaliForRetrieval,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PaliGemmaConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -128,6 +133,35 @@ def test_generate(composite):
         inputs.pop("token_type_ids")
     tokens = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_a_text_model_two_levels_down(tmp_path):
+    """Or a message, where transformers (5.4) keeps two configs of the text model."""
+    vlm = {
+        "text_config": {"model_type": "gemma", **TEXT},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+    }
+    config = ColPaliConfig(vlm_config=PaliGemmaConfig(**vlm, image_token_index=60, projection_dim=48))
+    ColPaliForRetrieval(config).save_pretrained(tmp_path / "plain")
+    options = {"attn_implementation": "asentmax", "sparse_attention": FIELDS}
+    if version.parse(transformers.__version__) < version.parse("5.5"):
+        with pytest.raises(ValueError, match="ColPaliForRetrieval has no attention layer"):
+            ColPaliForRetrieval.from_pretrained(tmp_path / "plain", **options)
+        return
+    model = ColPaliForRetrieval.from_pretrained(tmp_path / "plain", **options).eval()
+    assert sum(".length_scale." in name for name, _ in model.named_parameters()) == 8
+    assert model.config.vlm_config.text_config.sparse_attention["position_encoding"] == "nape"
+    ids = torch.tensor([[*[60] * 4, 7, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = ColPaliForRetrieval.from_pretrained(tmp_path / "sparse").eval()
+    with torch.no_grad():
+        expected = model(**inputs).embeddings
+        assert torch.equal(loaded(**inputs).embeddings, expected)
+        loaded.set_attn_implementation("sdpa")
+        assert not torch.allclose(loaded(**inputs).embeddings, expected)
+        loaded.set_attn_implementation("asentmax")
+        assert torch.equal(loaded(**inputs).embeddings, expected)
 
 
 def test_a_vision_tower_alone_is_refused():

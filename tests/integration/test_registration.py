@@ -79,6 +79,22 @@ def test_models_of_different_settings_side_by_side():
     assert plain.config.sparse_attention["position_encoding"] == "model"
 
 
+@pytest.mark.parametrize("others", [["entmax"], ["asentmax", "softmax", "sdpa"]], ids=str)
+def test_models_built_from_one_config_keep_their_attention(others):
+    config = tiny_config()
+    first = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax").eval()
+    (row,) = prompts(7)
+    before, settings = alone(first, row), dict(first.config.sparse_attention)
+    for other in others:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=other).eval()
+        assert model.config._attn_implementation == other
+        alone(model, row)
+    assert torch.equal(alone(first, row), before)
+    assert (first.config._attn_implementation, first.config.sparse_attention) == ("asentmax", settings)
+    assert config.sparse_attention is None
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "sdpa"
+
+
 def test_saved_config_is_plain_json(tmp_path):
     tiny_model(position="nape").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
