@@ -29,7 +29,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pretrain_losses import evaluate, forward_backward
 from pretrain_options import DataOptions, ModelOptions, RunOptions
-from pretrain_results import model_card, push, save_model
+from pretrain_results import model_card, push, save_model, summary_table
 from pretrain_setup import (
     build_model,
     check_same_model,
@@ -323,6 +323,8 @@ def train(
         replace_files(output, lambda folder: card.save(folder / "README.md"))
         if options.push_to_hub:
             push(output, [*files, "README.md"], options)
+        table = summary_table(output / "metrics.jsonl", step, tokens, evaluation)
+        print(f"{table}\n\nWritten to {output}", flush=True)
     accelerator.end_training()
     return None
 

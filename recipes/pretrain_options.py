@@ -187,13 +187,15 @@ class RunOptions:
     def learning_rate_factor(self, step: int) -> float:
         """Learning rate of the update after ``step`` finished ones, as a share of the peak."""
         floor = self.final_learning_rate / self.learning_rate
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.schedule == "constant":
-            return 1.0
+        warm = (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "wsd":
             left = (self.max_steps - step) / self.decay_steps
-            return floor + (1 - floor) * min(1.0, left)
+            # The decay can begin within the warmup.
+            return min(warm, floor + (1 - floor) * min(1.0, left))
+        if step < self.warmup_steps:
+            return warm
+        if self.schedule == "constant":
+            return 1.0
         done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

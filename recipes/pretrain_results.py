@@ -1,7 +1,9 @@
-"""What pretrain.py writes when its loop is over: the model, its card, and both to the Hub."""
+"""What pretrain.py writes when its loop is over: the model, its card, both to the Hub, and a summary."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import hf_sparse_attention
 from hf_sparse_attention.checkpoints import CheckpointError
 from hf_sparse_attention.data import is_local
+from hf_sparse_attention.evaluation.report import format_number, format_table
 from hf_sparse_attention.modelcard import Measurement, create_model_card
 from hf_sparse_attention.runs import replace_files
 
@@ -85,6 +88,21 @@ def model_card(
             "hf_sparse_attention": hf_sparse_attention.__version__,
         },
     )
+
+
+def summary_table(metrics: Path, steps: int, tokens: int, evaluation: dict[str, float]) -> str:
+    """What came out, from the lines of ``metrics.jsonl``, if it is still there, and the last validation."""
+    columns = {"steps": f"{steps:,}", "tokens": f"{tokens:,}"}
+    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+    logged = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    if logged:
+        columns["last training loss"] = f"{logged[-1]['loss']:.4f}"
+        columns["tokens/s"] = f"{statistics.median(line['tokens_per_second'] for line in logged):,.0f}"
+        columns["memory, GB"] = f"{max(line['memory_gb'] for line in logged):.2f}"
+    if evaluation:
+        columns["validation loss"] = f"{evaluation['eval_loss']:.4f}"
+        columns["validation perplexity"] = format_number(evaluation["eval_perplexity"])
+    return format_table(list(columns), [list(columns.values())])
 
 
 def push(output: Path, files: list[str], options: RunOptions) -> None:

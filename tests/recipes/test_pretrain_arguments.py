@@ -1,6 +1,7 @@
 """Options from YAML and flags: what is wrong is named, nothing is silently ignored."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -151,6 +152,10 @@ def test_schedules():
     assert wsd[4:16] == [1.0] * 12
     assert wsd[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert rates(schedule="constant")[4:] == [1.0] * 16
+    # A decay that begins within the warmup: no step above both lines, and no jump.
+    early = rates(schedule="wsd", decay_steps=18, final_learning_rate=0.0)
+    assert early[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 16 / 18])
+    assert max(abs(after - before) for before, after in itertools.pairwise(early)) <= 0.2 + 1e-9
 
 
 def test_every_option_has_help():

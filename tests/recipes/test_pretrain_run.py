@@ -70,7 +70,7 @@ def test_snippet_of_the_card_runs(trained):
 
 
 @pytest.mark.parametrize("step", [3, 9, 10])
-def test_resume(pretrain, trained, tmp_path, step):
+def test_resume(pretrain, trained, tmp_path, capsys, step):
     output = copy_until(trained, tmp_path / "run", step)
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "lo')  # cut short by a kill
@@ -80,6 +80,12 @@ def test_resume(pretrain, trained, tmp_path, step):
     assert same_weights(output, trained)
     if step == 3:
         assert not list(output.glob(".checkpoint*"))
+    *_, names, _, numbers, _, written = capsys.readouterr().out.splitlines()
+    summary = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (names, numbers)), strict=True))
+    loss = [line["loss"] for line in read_metrics(trained) if "loss" in line][-1]
+    assert (summary["steps"], summary["tokens"]) == ("10", "1,320")
+    assert summary["last training loss"] == f"{loss:.4f}"
+    assert written == f"Written to {output}"
 
 
 OTHER_MODELS = {
@@ -268,7 +274,7 @@ def test_what_is_validated_within_the_ramp_is_what_is_saved(pretrain, text_file,
     assert [line["alpha"] for line in read_metrics(output) if "alpha" in line] == [1.0, 1.0625, 1.125, 1.1875]
 
 
-def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tmp_path, trained):
+def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tmp_path, capsys, trained):
     changes = {
         "model_config": str(recipe.__file__).replace("pretrain.py", "configs/model/gpt_neox_1m.yaml"),
         "model_overrides": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2},
@@ -291,6 +297,9 @@ def test_validation_precision_schedule_trackers_and_neox(pretrain, text_file, tm
     assert metrics[-1]["eval_labels"] < 61 * 32
     assert isinstance(metrics[-1]["eval_labels"], int)
     assert metrics[-1]["eval_perplexity"] == pytest.approx(math.exp(metrics[-1]["eval_loss"]))
+    names, _, numbers = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert names.split("|")[-2].strip() == "validation perplexity"
+    assert numbers.split("|")[-2].strip() == f"{metrics[-1]['eval_perplexity']:.4g}"
     assert f"| {text_file.name}, rows of 33 tokens | perplexity |" in (output / "README.md").read_text()
     assert list(output.rglob("events.out.tfevents.*"))
     assert (output / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
