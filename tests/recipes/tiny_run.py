@@ -1,9 +1,14 @@
 """Running pretrain.py with a tiny model, in this process or another, and reading what it wrote."""
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -43,3 +48,23 @@ def read_metrics(folder: Path) -> list[dict]:
         {name: value for name, value in line.items() if name not in ("tokens_per_second", "memory_gb")}
         for line in lines
     ]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(left, right):
+    left, right = weights(left), weights(right)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def copy_until(trained, output, step):
+    """The run as it was on disk after ``step``."""
+    shutil.copytree(trained, output)
+    for path in list_checkpoints(output):
+        if int(path.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(path)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (output / name).unlink()
+    return output
