@@ -1,4 +1,4 @@
-"""What benchmark_attention.py compares: functions of query, key and value, in a registry that other modules add to."""
+"""What benchmark_attention_cpu.py compares: functions of query, key and value, in a registry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class Contestant:
         attend: ``attend(query, key, value, alpha, is_causal)`` on (B, H, N, D) tensors, differentiable.
         computes: "entmax" or "softmax"; results are compared between contestants that compute the same.
         quadratic: holds N x N matrices, so that ``--dense_heads`` heads are computed at a time.
-        devices: device types that it runs on.
         alphas: the values of alpha that it supports; empty for all.
         help: one line for the table's legend.
     """
@@ -29,7 +28,6 @@ class Contestant:
     computes: str
     help: str
     quadratic: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
     alphas: tuple[float, ...] = ()
 
 

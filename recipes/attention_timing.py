@@ -1,4 +1,4 @@
-"""Measures one contestant in a process of its own, so that its memory peak is its own."""
+"""Measures one contestant on the CPU in a process of its own, so that its memory peak is its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class Problem:
     score_std: float
     dense_heads: int
     threads: int
-    device: str
     seed: int
 
 
@@ -96,23 +95,23 @@ def _inputs(problem: Problem) -> list[Tensor]:
     dtype = getattr(torch, problem.dtype)
     tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
     tensors[0] *= problem.score_std
-    return [tensor.to(problem.device, dtype) for tensor in tensors]
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _measure(contestant: Any, inputs: list[Tensor], grad: Tensor, problem: Problem) -> dict[str, Any]:
     heads = inputs[0].shape[1]
     at_once = min(problem.dense_heads, heads) if contestant.quadratic else heads
-    memory = _Memory(problem.device)
+    memory = _Memory()
     seconds = {"forward_s": 0.0, "backward_s": 0.0, "cpu_s": 0.0}
     outputs, gradients = [], []
     for first in range(0, heads, at_once):
         part = slice(first, first + at_once)
         leaves = [tensor[:, part].detach().requires_grad_() for tensor in inputs]
-        start, cpu_start = _now(problem.device), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         output = contestant.attend(*leaves, problem.alpha, problem.causal)
-        middle = _now(problem.device)
+        middle = time.perf_counter()
         gradients.append(torch.autograd.grad(output, leaves, grad[:, part]))
-        end, cpu_end = _now(problem.device), time.process_time()
+        end, cpu_end = time.perf_counter(), time.process_time()
         seconds["forward_s"] += middle - start
         seconds["backward_s"] += end - middle
         seconds["cpu_s"] += cpu_end - cpu_start
@@ -121,29 +120,16 @@ def _measure(contestant: Any, inputs: list[Tensor], grad: Tensor, problem: Probl
     return {**seconds, "extra_mib": memory.peak_mib(), "heads_at_once": at_once, "sample": sample.numpy()}
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class _Memory:
     """The most memory that was in use at a time since this object was made, above what was in use then."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-            return
+    def __init__(self) -> None:
         # Linux: the peak starts again from the present size; where that is refused, it includes start-up.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _status("VmRSS", fallback=_resident_peak())
 
     def peak_mib(self) -> float:
-        if self._device == "cuda":
-            return (torch.cuda.max_memory_allocated() - self._before) / MIB
         return (_status("VmHWM", fallback=_resident_peak()) - self._before) / MIB
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_kernels import share_of_counts
-from kernel_results import table
+from attention_results import table
+from benchmark_attention import share_of_counts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig

@@ -14,7 +14,7 @@ from hf_sparse_attention import arguments
 CONFIGS = sorted((RECIPES / "configs").glob("*/*.yaml"))
 PAGES = [RECIPES / "README.md", *sorted((ROOT / "model_cards" / "results").glob("*/README.md"))]
 # They want a GPU as soon as they have their options, and have their commands without any.
-ON_A_GPU = ("benchmark_kernels.py", "benchmark_model.py")
+ON_A_GPU = ("benchmark_attention.py", "benchmark_model.py")
 
 
 def commands(path: Path) -> list[list[str]]:

@@ -12,9 +12,9 @@ SCRIPTS = [path for path in sorted(RECIPES.glob("*.py")) if "__main__" in path.r
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_help(path, monkeypatch, capsys):
-    if path.stem in ("benchmark_kernels", "benchmark_model"):
+    if path.stem in ("benchmark_attention", "benchmark_model"):
         pytest.importorskip("triton")
-    # benchmark_kernels.py gives its process a cache of its own.
+    # benchmark_attention.py gives its process a cache of its own.
     monkeypatch.setenv("TRITON_CACHE_DIR", "unused")
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as end:

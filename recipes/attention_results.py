@@ -1,4 +1,4 @@
-"""Rows of the kernel benchmark: measured while there is time, written one by one, then as a table and a picture."""
+"""Rows of benchmark_attention.py: measured while there is time, written one by one, then as a table and a picture."""
 
 from __future__ import annotations
 
@@ -59,8 +59,12 @@ class Results:
         partial.replace(self.path.with_suffix(".json"))
 
     def write_tables(self) -> None:
-        """The tables, and the picture where there are rows for it."""
+        """The tables, and the picture where there are rows for it; prints the ratios."""
         parts = [f"## {name}\n\n{table(rows)}" for name, rows in self.rows.items()]
+        compared = ratios(self.rows.get("training", []))
+        if compared:
+            parts.insert(0, f"## ratios: time of the first contestant over that of each\n\n{table(compared)}")
+            print(f"\n{table(compared)}\n", flush=True)
         if self.left_out:
             parts.append("## Left out\n\n" + "\n".join(f"- {what}" for what in self.left_out))
         if parts:
@@ -68,6 +72,22 @@ class Results:
         drawn = [row for row in self.rows.get("training", ()) if row["head_dim"] == 64]
         if drawn:
             _plot(self.path.with_suffix(".png"), drawn)
+
+
+_SHAPE = ("length", "heads", "key_heads", "head_dim", "empty_asked")
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Forward, backward and their sum of the first contestant of each shape over those of each other one."""
+    first: dict[tuple, dict[str, Any]] = {}
+    compared = []
+    for row in rows:
+        ours = first.setdefault(tuple(row[key] for key in _SHAPE), row)
+        if ours is not row:
+            times = {name: ours[f"{name}_ms"] / row[f"{name}_ms"] for name in ("forward", "backward", "sum")}
+            shape = {key: row[key] for key in (*_SHAPE, "empty_measured")}
+            compared.append({**shape, "contestant": row["contestant"], **times})
+    return compared
 
 
 def table(rows: list[dict[str, Any]]) -> str:

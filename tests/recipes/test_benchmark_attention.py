@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_results
+import attention_results
 import pytest
 import torch
-from kernel_results import Case, LeftOut, Results
+from attention_results import Case, LeftOut, Results
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_says_what_is_wrong(options, message):
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "recipes" / "benchmark_kernels.py"), *options]
+    command = [sys.executable, str(ROOT / "recipes" / "benchmark_attention.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode != 0
     assert message in done.stderr + done.stdout
@@ -36,18 +36,15 @@ def test_says_what_is_wrong(options, message):
 def clock(monkeypatch) -> list[float]:
     """What the benchmark takes for the time, in seconds."""
     now = [100.0]
-    monkeypatch.setattr(kernel_results.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(attention_results.time, "monotonic", lambda: now[0])
     return now
 
 
 def training_row(contestant: str, empty: float) -> dict:
-    return {
-        "length": 1024,
-        "head_dim": 64,
-        "contestant": contestant,
-        "empty_measured": empty,
-        "sum_ms": 1.5 - empty,
-    }
+    shape = {"length": 1024, "heads": 2, "key_heads": 2, "head_dim": 64, "empty_asked": empty}
+    time = len(contestant) - empty
+    times = {"forward_ms": time / 4, "backward_ms": time / 2, "sum_ms": time}
+    return {**shape, "contestant": contestant, "empty_measured": empty + 0.01, **times}
 
 
 def test_each_row_is_written_as_it_comes(tmp_path):
@@ -88,6 +85,22 @@ def test_begins_nothing_after_its_time(tmp_path, clock, capsys):
     assert (tmp_path / "rows.png").stat().st_size > 0
 
 
+def test_ratios_are_of_the_same_inputs(tmp_path, capsys):
+    results = Results(tmp_path / "rows", {})
+    for empty in (0.0, 1.0):
+        for contestant in ("ours", "theirs"):
+            results.measure("training", Case(contestant, lambda n=contestant, e=empty: training_row(n, e)))
+    results.write_tables()
+    found = attention_results.ratios(results.rows["training"])
+    assert [(row["contestant"], row["empty_asked"], row["sum"]) for row in found] == [
+        ("theirs", 0.0, 4 / 6),
+        ("theirs", 1.0, 3 / 5),
+    ]
+    assert all(row["forward"] == row["backward"] == row["sum"] for row in found)
+    assert "| 0.667 |" in capsys.readouterr().out
+    assert "| 0.600 |" in (tmp_path / "rows.md").read_text()
+
+
 def test_what_a_case_refuses_is_left_out_with_its_reason(tmp_path):
     results = Results(tmp_path / "rows", {})
 
@@ -110,27 +123,27 @@ def benchmark(monkeypatch):
     pytest.importorskip("triton")
     # Importing the recipe points Triton to an empty cache.
     monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", ""))
-    import benchmark_kernels
+    import benchmark_attention
 
     def measure(attend, inputs) -> dict:
         length = inputs[0].shape[2]
-        return {"sum_ms": length / 1024, "host_ms": 0.9}
+        return {"forward_ms": 1.0, "backward_ms": 1.0, "sum_ms": length / 1024, "host_ms": 0.9}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmark_kernels, "make_inputs", lambda b, h, hk, n, d, e: (torch.empty(b, h, n, d),))
-    monkeypatch.setattr(benchmark_kernels, "empty_share", lambda query: 0.25)
-    monkeypatch.setattr(benchmark_kernels, "measure", measure)
-    monkeypatch.setattr(benchmark_kernels, "run_record", lambda settings, device, processes: {"settings": settings})
-    return benchmark_kernels
+    monkeypatch.setattr(benchmark_attention, "make_inputs", lambda b, h, hk, n, d, e: (torch.empty(b, h, n, d),))
+    monkeypatch.setattr(benchmark_attention, "empty_share", lambda query: 0.25)
+    monkeypatch.setattr(benchmark_attention, "measure", measure)
+    monkeypatch.setattr(benchmark_attention, "run_record", lambda settings, device, processes: {"settings": settings})
+    return benchmark_attention
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["kept", "left out"])
 def test_sizes_bound_by_the_host(benchmark, monkeypatch, tmp_path, skip):
     options = ["--lengths", "1024", "16384", "--head_dims", "64", "--empty", "0", "--flex_lengths", "7"]
     options += ["--sections", "training", "--output_dir", str(tmp_path), *(["--skip_host_bound"] if skip else [])]
-    monkeypatch.setattr(sys, "argv", ["benchmark_kernels.py", *options])
+    monkeypatch.setattr(sys, "argv", ["benchmark_attention.py", *options])
     benchmark.main()
-    written = json.loads((tmp_path / "benchmark_kernels.json").read_text())
+    written = json.loads((tmp_path / "benchmark_attention.json").read_text())
     rows = written["training"]
     assert {row["length"] for row in rows} == ({16384} if skip else {1024, 16384})
     # Three contestants, and entmax of the entmax package at 1024 tokens.
