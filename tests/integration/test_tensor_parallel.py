@@ -1,5 +1,6 @@
 """Tensor parallelism over two and four processes (gloo) gives the logits and gradients of one process."""
 
+import os
 import subprocess
 import sys
 
@@ -7,61 +8,97 @@ import pytest
 import torch
 from families import prompts, tiny_model
 
+# One import for all processes: they are forks.
 SHARDED = """
-import os, sys, torch
+import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 import hf_sparse_attention
 from transformers import AutoModelForCausalLM
-try:
-    from transformers.distributed import DistributedConfig
-    plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
-    AutoModelForCausalLM.from_pretrained(sys.argv[1], **plan)
-except (ImportError, TypeError):
-    plan = {"tp_plan": "auto"}
-results = {}
-for path in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(path, **plan)
-    ids = torch.load(f"{path}/ids.pt")
-    out = model(ids, labels=ids, use_cache=False)
-    out.loss.backward()
-    scale = model.model.layers[1].self_attn.length_scale
-    local = scale.beta_proj.weight if hasattr(scale, "beta_proj") else scale.factor.weight
-    local = local.to_local() if hasattr(local, "to_local") else local
-    results[path] = {"logits": out.logits.detach(), "heads": local.shape[0],
-                     "norm": model.model.norm.weight.grad}
-if torch.distributed.get_rank() == 0:
-    torch.save(results, f"{sys.argv[1]}/results.pt")
-torch.distributed.barrier()
-# Threads of the process group can abort a process whose interpreter shuts down.
-os._exit(0)
+
+def load(path):
+    try:
+        from transformers.distributed import DistributedConfig
+        return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto"))
+    except (ImportError, TypeError):
+        return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+
+def work(rank, folder, cases, world):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    results = {}
+    for name in cases:
+        model = load(f"{folder}/{name}")
+        ids = torch.load(f"{folder}/{name}/ids.pt")
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        scale = model.model.layers[1].self_attn.length_scale
+        local = scale.beta_proj.weight if hasattr(scale, "beta_proj") else scale.factor.weight
+        local = local.to_local() if hasattr(local, "to_local") else local
+        norm = model.model.norm.weight.grad
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        results[name] = {"logits": out.logits.detach(), "heads": local.shape[0], "norm": norm}
+    if rank == 0:
+        torch.save(results, f"{folder}/{world}.pt")
+    dist.barrier()
+    # Threads of the process group can abort a process whose interpreter shuts down.
+    os._exit(0)
+
+if __name__ == "__main__":
+    for group in sys.argv[2:]:
+        world, *cases = group.split(",")
+        mp.start_processes(work, (sys.argv[1], cases, int(world)), nprocs=int(world), start_method="fork")
 """
 
 
 CASES = {
     2: {"asentmax": {}, "nape": {"position": "nape"}, "ssmax": {"preset": "ssmax"}},
     # As many as there are key heads.
-    4: {"nape": {"position": "nape", "num_attention_heads": 8, "num_key_value_heads": 4}},
+    4: {"eight heads": {"position": "nape", "num_attention_heads": 8, "num_key_value_heads": 4}},
 }
 
 
-@pytest.mark.parametrize("processes", CASES)
-def test_processes_equal_one(tmp_path, processes):
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Results of one process, and of several, by the number of processes and the name of the case."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sharded")
     expected = {}
-    for name, case in CASES[processes].items():
-        folder = tmp_path / name
-        model, ids = tiny_model(**case), torch.stack(prompts(9, 9))
-        model.save_pretrained(folder)
-        torch.save(ids, folder / "ids.pt")
-        out = model(ids, labels=ids, use_cache=False)
-        out.loss.backward()
-        expected[str(folder)] = out.logits.detach(), model.model.norm.weight.grad, model.config.num_attention_heads
-    script = tmp_path / "sharded.py"
+    for processes, cases in CASES.items():
+        for name, case in cases.items():
+            model, ids = tiny_model(**case), torch.stack(prompts(9, 9))
+            model.save_pretrained(folder / name)
+            torch.save(ids, folder / name / "ids.pt")
+            out = model(ids, labels=ids, use_cache=False)
+            out.loss.backward()
+            heads = model.config.num_attention_heads
+            expected[processes, name] = {
+                "logits": out.logits.detach(),
+                "heads": heads / processes,
+                "norm": model.model.norm.weight.grad,
+            }
+    script = folder / "sharded.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run([*command, str(script), *expected], capture_output=True, text=True, timeout=300)
+    groups = [",".join([str(processes), *cases]) for processes, cases in CASES.items()]
+    result = subprocess.run(
+        [sys.executable, str(script), str(folder), *groups],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-9000:]
-    for folder, results in torch.load(f"{next(iter(expected))}/results.pt").items():
-        logits, norm, heads = expected[folder]
-        assert results["heads"] == heads / processes
-        torch.testing.assert_close(results["logits"], logits, atol=1e-4, rtol=1e-4)
-        gradient = results["norm"].full_tensor() if hasattr(results["norm"], "full_tensor") else results["norm"]
-        torch.testing.assert_close(gradient, norm, atol=1e-4, rtol=1e-4)
+    found = {
+        (processes, name): results
+        for processes in CASES
+        for name, results in torch.load(folder / f"{processes}.pt").items()
+    }
+    return expected, found
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"), [(processes, name) for processes, cases in CASES.items() for name in cases]
+)
+def test_processes_equal_one(sharded, processes, name):
+    one, many = (results[processes, name] for results in sharded)
+    assert many["heads"] == one["heads"]
+    torch.testing.assert_close(many["logits"], one["logits"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(many["norm"], one["norm"], atol=1e-4, rtol=1e-4)

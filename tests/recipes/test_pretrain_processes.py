@@ -1,6 +1,7 @@
 """Training in other processes: killed ones continue, several give the losses of one."""
 
 import ast
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import forking
 from tiny_run import RECIPES, ROOT, as_flags, read_metrics
 from transformers import AutoModelForCausalLM
 
@@ -100,16 +102,35 @@ for number in (0, 1):
 print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
+# Runs of one launch, one after the other.
+SEVERAL = """
+import json, runpy, sys
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+
+PartialState.destroy_process_group = lambda *args: None  # all runs use one group
+runs = json.loads(sys.argv[1])
+
+def forget_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+"""
+
+SCRIPT = f"""
+sys.path.insert(0, {str(RECIPES)!r})
+for flags in runs:
+    sys.argv[1:] = flags
+    runpy.run_path({str(RECIPES / "pretrain.py")!r}, run_name="__main__")
+    forget_accelerate()
+"""
+
 # accelerate offers FSDP on accelerators only; these lines make it take two CPU processes for two GPUs. A signal that
 # one of the processes gets after five steps stops both, then both continue.
 FSDP_ON_CPU = """
-import contextlib, torch
-from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
+import torch
 from accelerate.utils import DistributedType
 
 torch.accelerator.is_available = lambda: True
-PartialState.destroy_process_group = lambda *args: None  # both runs use one group
 original, calls = pretrain.forward_backward, []
 def forward_backward(accelerator, model, *args):
     assert accelerator.is_fsdp2 and type(model).__name__.startswith("FSDP")
@@ -119,21 +140,22 @@ def forward_backward(accelerator, model, *args):
     return original(accelerator, model, *args)
 pretrain.forward_backward = forward_backward
 
-def run(*more):
+def run(flags):
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     try:
-        pretrain.main([*sys.argv[1:], *more])
+        pretrain.main(flags)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
 
-try:
-    run()
-except SystemExit as leaving:
-    assert leaving.code == 128 + signal.SIGTERM, leaving.code
-else:
-    raise AssertionError("the signal was ignored")
-run("--resume", "latest")
+for flags in runs:
+    calls.clear()
+    try:
+        run(flags)
+    except SystemExit as leaving:
+        assert leaving.code == 128 + signal.SIGTERM, leaving.code
+    else:
+        raise AssertionError("the signal was ignored")
+    run([*flags, "--resume", "latest"])
 """
 
 
@@ -141,17 +163,34 @@ def environment(tmp_path):
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
 
 
-def run(command, tmp_path):
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.fixture(scope="module")
+def forking_process(tmp_path_factory):
+    with forking(START, tmp_path_factory.mktemp("forked"), {**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        yield run
 
 
-def launch(config, script, options, tmp_path):
+@pytest.fixture
+def forked(forking_process, tmp_path):
+    """Runs a program that finds pretrain.py imported and no data cached."""
+    own_cache = f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(tmp_path / 'datasets')!r}\n"
+    return lambda program, *arguments: forking_process(own_cache + program, *arguments)
+
+
+def launch(config, program, runs, tmp_path):
+    """Two processes that run the program on the options of each run."""
+    script = tmp_path / "script.py"
+    script.write_text(program)
     command = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "configs" / "accelerate" / config]
     # Port 0: any free one.
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", script]
-    process = run([sys.executable, *map(str, command), *as_flags(options)], tmp_path)
+    process = subprocess.run(
+        [sys.executable, *map(str, command), json.dumps([as_flags(options) for options in runs])],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
 
 
@@ -173,24 +212,48 @@ WEIGHTED_ROWS = {
 }
 
 
-@pytest.fixture(scope="module", params=[{}, WEIGHTED_ROWS], ids=["text", "weighted retrieval"])
-def validated(tiny_options, text_file, request):
+ROWS = {"text": {}, "weighted retrieval": WEIGHTED_ROWS}
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_options, text_file):
+    """Options by the kind of rows."""
     # 7 validation rows: one process of two gets a row less
-    return {**tiny_options, **request.param, "validation_data": str(text_file), "validation_rows": 7}
+    more = {"validation_data": str(text_file), "validation_rows": 7}
+    return {name: {**tiny_options, **changes, **more} for name, changes in ROWS.items()}
 
 
 @pytest.fixture(scope="module")
 def single(pretrain, validated, tmp_path_factory):
-    return pretrain(tmp_path_factory.mktemp("single") / "run", **validated, keep_checkpoints=9)
+    """Undisturbed runs of one process."""
+    folder = tmp_path_factory.mktemp("single")
+    return {name: pretrain(folder / name, **options, keep_checkpoints=9) for name, options in validated.items()}
+
+
+def launch_all(config, program, validated, folder, **changes):
+    runs = {name: {**options, "output_dir": folder / name, **changes} for name, options in validated.items()}
+    launch(config, program, runs.values(), folder)
+    return {name: options["output_dir"] for name, options in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def double(validated, tmp_path_factory):
+    return launch_all(
+        "multi_gpu.yaml", SEVERAL + SCRIPT, validated, tmp_path_factory.mktemp("double"), device_batch_size=1
+    )
+
+
+@pytest.fixture(scope="module")
+def divided(validated, tmp_path_factory):
+    return launch_all("fsdp2.yaml", START + SEVERAL + FSDP_ON_CPU, validated, tmp_path_factory.mktemp("divided"))
 
 
 @pytest.mark.parametrize(
     ("death", "last"), [(KILLED_IN_A_STEP, 6), (KILLED_WHILE_SAVING, 6)], ids=["in-a-step", "while-saving"]
 )
-def test_killed_and_resumed(pretrain, trained, tiny_options, tmp_path, death, last):
+def test_killed_and_resumed(pretrain, forked, trained, tiny_options, tmp_path, death, last):
     output = tmp_path / "run"
-    program = START + death + "pretrain.main(sys.argv[1:])"
-    process = run([sys.executable, "-c", program, *as_flags({**tiny_options, "output_dir": output})], tmp_path)
+    process = forked(death + "pretrain.main(sys.argv[1:])", *as_flags({**tiny_options, "output_dir": output}))
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert list_checkpoints(output)[-1].name == f"checkpoint-{last:08d}"
     assert (death is KILLED_WHILE_SAVING) == bool(list(output.glob(".checkpoint-*.tmp")))
@@ -199,10 +262,10 @@ def test_killed_and_resumed(pretrain, trained, tiny_options, tmp_path, death, la
     assert not list(output.glob(".checkpoint-*"))
 
 
-def test_killed_at_random_moments(pretrain, tiny_options, tmp_path):
+def test_killed_at_random_moments(pretrain, forked, tiny_options, tmp_path):
     output = tmp_path / "run"
     options = {**tiny_options, "max_steps": 60, "save_steps": 2, "resume": "latest"}
-    process = run([sys.executable, "-c", START + KILLED_OFTEN, *as_flags({**options, "output_dir": output})], tmp_path)
+    process = forked(KILLED_OFTEN, *as_flags({**options, "output_dir": output}))
     assert process.returncode == 0, process.stderr[-3000:]
     finished, kills = process.stdout.splitlines()[-1].split(" ", 1)
     kills = ast.literal_eval(kills)
@@ -214,11 +277,10 @@ def test_killed_at_random_moments(pretrain, tiny_options, tmp_path):
     assert not list(output.glob(".checkpoint-*"))
 
 
-def test_two_runs_in_one_folder(pretrain, tiny_options, tmp_path):
+def test_two_runs_in_one_folder(pretrain, forked, tiny_options, tmp_path):
     output = tmp_path / "run"
     options = {**tiny_options, "max_steps": 30}
-    command = [sys.executable, "-c", START + RIVALS, str(tmp_path), *as_flags({**options, "output_dir": output})]
-    process = run(command, tmp_path)
+    process = forked(RIVALS, tmp_path, *as_flags({**options, "output_dir": output}))
     codes = [int(code) for code in process.stdout.splitlines()[-1].split()]
     assert sorted(codes) == [0, 1], process.stderr[-3000:]
     refused = (tmp_path / f"{codes.index(1)}.txt").read_text().splitlines()[-1]
@@ -228,25 +290,22 @@ def test_two_runs_in_one_folder(pretrain, tiny_options, tmp_path):
     assert read_metrics(output) == read_metrics(pretrain(tmp_path / "alone", **options))
 
 
-def test_two_processes(pretrain, single, validated, tmp_path):
-    options = {**validated, "output_dir": tmp_path / "run", "device_batch_size": 1}
-    launch("multi_gpu.yaml", RECIPES / "pretrain.py", options, tmp_path)
-    assert_same_run(tmp_path / "run", single)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-00000010")
-    pretrain(tmp_path / "run", **validated, resume="latest")  # one process goes on for two
-    assert_same_run(tmp_path / "run", single)
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_processes(pretrain, single, double, validated, rows):
+    assert_same_run(double[rows], single[rows])
+    shutil.rmtree(double[rows] / "checkpoint-00000010")
+    pretrain(double[rows], **validated[rows], resume="latest")  # one process goes on for two
+    assert_same_run(double[rows], single[rows])
 
 
-def test_two_processes_with_divided_parameters(single, validated, tmp_path):
-    script = tmp_path / "fsdp_on_cpu.py"
-    script.write_text(START + FSDP_ON_CPU)
-    launch("fsdp2.yaml", script, {**validated, "output_dir": tmp_path / "run"}, tmp_path)
-    assert_same_run(tmp_path / "run", single)
-    names = [path.name for path in list_checkpoints(tmp_path / "run")]
+@pytest.mark.parametrize("rows", ROWS)
+def test_two_processes_with_divided_parameters(single, divided, rows):
+    assert_same_run(divided[rows], single[rows])
+    names = [path.name for path in list_checkpoints(divided[rows])]
     assert names == ["checkpoint-00000009", "checkpoint-00000010"]
     # Saved whole, for one process.
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(single).num_parameters()
+    model = AutoModelForCausalLM.from_pretrained(divided[rows])
+    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(single[rows]).num_parameters()
 
 
 def test_fsdp_without_an_accelerator_is_refused(pretrain, tmp_path, capsys, monkeypatch):
