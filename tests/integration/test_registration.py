@@ -1,6 +1,7 @@
 """Importing the package: idempotent, invisible to models that do not ask for a preset, enforced on reload."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,10 +14,9 @@ from transformers.masking_utils import AttentionMaskInterface
 import hf_sparse_attention
 from hf_sparse_attention import PRESETS
 
+# Leaves ``results`` behind.
 STOCK = """
-import sys, torch, transformers
-if sys.argv[1] == "plugin":
-    import hf_sparse_attention
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 results = []
@@ -31,8 +31,30 @@ for attention in ("eager", "sdpa", None):
     out.loss.backward()
     results += [out.logits, model.model.layers[0].self_attn.q_proj.weight.grad, *(out.attentions or ())]
     results.append(model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
-torch.save(results, sys.argv[2])
 """
+
+WITHOUT_THE_PACKAGE = """
+import sys
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+torch.save(results, f"{folder}/results.pt")
+assert "hf_sparse_attention" not in sys.modules
+AutoModelForCausalLM.from_pretrained(f"{folder}/sparse")
+"""
+
+
+@pytest.fixture(scope="module")
+def without_the_package(tmp_path_factory):
+    """What stock models compute in a process without the package, and how loading a sparse model ends there."""
+    folder = tmp_path_factory.mktemp("without")
+    tiny_model(position="nape").save_pretrained(folder / "sparse")
+    process = subprocess.run(
+        [sys.executable, "-c", STOCK + WITHOUT_THE_PACKAGE, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+    )
+    return torch.load(folder / "results.pt", weights_only=True), process
 
 
 def test_importing_twice_is_harmless():
@@ -47,20 +69,19 @@ def test_importing_twice_is_harmless():
     assert set(PRESETS) <= set(AttentionMaskInterface().valid_keys())
 
 
-def test_other_models_compute_bit_for_bit_the_same(tmp_path):
-    for mode in ("plain", "plugin"):
-        subprocess.run([sys.executable, "-c", STOCK, mode, str(tmp_path / mode)], check=True, capture_output=True)
-    plain, plugin = (torch.load(tmp_path / mode, weights_only=True) for mode in ("plain", "plugin"))
-    assert len(plain) == len(plugin) == 11
-    assert all(torch.equal(a, b) for a, b in zip(plain, plugin))
+def test_other_models_compute_bit_for_bit_the_same(without_the_package):
+    plain, _ = without_the_package
+    names = {}
+    with torch.device("cpu"):
+        exec(STOCK, names)
+    assert len(plain) == len(names["results"]) == 11
+    assert all(torch.equal(a, b) for a, b in zip(plain, names["results"]))
 
 
-def test_loading_without_the_package_stops(tmp_path):
-    tiny_model(position="nape").save_pretrained(tmp_path)
-    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0
-    assert 'attn_implementation="asentmax"` is not supported' in result.stderr
+def test_loading_without_the_package_stops(without_the_package):
+    _, process = without_the_package
+    assert process.returncode != 0
+    assert 'attn_implementation="asentmax"` is not supported' in process.stderr
 
 
 def test_a_later_eager_model_still_returns_attentions():

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import forget_accelerate
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -18,13 +19,26 @@ def quickstart():
     return runpy.run_path(str(RECIPES / "quickstart.py"))
 
 
-def test_quickstart_trains_measures_and_says_where(tmp_path):
+def test_quickstart_trains_measures_and_says_where(quickstart, tmp_path, monkeypatch, capsys):
+    """The recipes run one after the other in this process."""
+
+    def run_here(commands, output, args):
+        for script, *flags in commands.values():
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            forget_accelerate()
+            try:
+                runpy.run_path(script, run_name="__main__")
+            finally:
+                forget_accelerate()
+
+    monkeypatch.setitem(quickstart["main"].__globals__, "run_together", run_here)
     flags = ["--output_dir", tmp_path, "--max_steps", 2, "--samples", 1, "--windows_per_document", 1]
-    command = [sys.executable, RECIPES / "quickstart.py", *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, flags)])
+    monkeypatch.chdir(tmp_path)
+    quickstart["main"]()
+    said = capsys.readouterr().out
     summary = (tmp_path / "summary.md").read_text()
-    assert summary.strip() in done.stdout
+    assert summary.strip() in said
     perplexity = json.loads((tmp_path / "perplexity" / "perplexity.json").read_text())
     assert perplexity["protocol"]["lengths"] == [perplexity["protocol"]["train_length"] * n for n in (1, 2, 4, 8)]
     for name in ("softmax_rope", "asentmax_nape"):
@@ -35,11 +49,30 @@ def test_quickstart_trains_measures_and_says_where(tmp_path):
         ]
         assert json.loads((tmp_path / name / "options.json").read_text())["max_steps"] == 2
     for file in ("perplexity/perplexity.png", "needle/needle.png"):
-        assert str(tmp_path / file) in done.stdout
+        assert str(tmp_path / file) in said
         assert (tmp_path / file).is_file()
     sparse = perplexity["checkpoints"]["asentmax_nape"]["sparse_attention"]
     assert (sparse["preset"], sparse["position_encoding"]) == ("asentmax", "nape")
     assert perplexity["checkpoints"]["softmax_rope"]["sparse_attention"] is None
+
+
+def test_processes_side_by_side(quickstart, tmp_path, capfd):
+    """Each starts in the root of the repository and waits for the other, which must therefore run at the same time."""
+    args = quickstart["QuickstartArguments"](poll_seconds=0)
+    program = (
+        "import os, sys; own, other = sys.argv[1:]; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], own); "
+        "open(own, 'w').close()\nwhile not os.path.exists(other): pass"
+    )
+    files = [str(tmp_path / name) for name in "ab"]
+    commands = {name: ["-c", program, *order] for name, order in (("one", files), ("two", files[::-1]))}
+    assert quickstart["run_together"](commands, tmp_path, args) is None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for name, file in zip(commands, files):
+        said = (tmp_path / f"{name}.log").read_text()
+        assert said == f"{RECIPES.parent} {max(1, cores // 2)} {file}\n"
+    shown = capfd.readouterr().out
+    assert shown.count("  python -c ") == 2
+    assert re.search(r"^ +\d+ s  one: .* \| two: ", shown, re.MULTILINE)
 
 
 def test_a_failing_step_stops_the_others_and_shows_its_log(quickstart, tmp_path):
