@@ -3,7 +3,7 @@
 import builtins
 import importlib.util
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, randomize_scale, tiny_config, tiny_model
-from hub_server import serving
+from forked import forking
+from hub_server import OWNER, serving
 from test_composite import gemma3, llava
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -22,6 +23,12 @@ from hf_sparse_attention.hub import REMOTE_CODE_FILE, TrustedCheckpoint
 RECIPES = Path(__file__).parents[2] / "recipes"
 IDS = torch.arange(2, 19)[None]
 ADAPTER = ("config.json", "model.safetensors")
+
+# What takes long and is no part of this package.
+IMPORTS = """
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, pipeline
+"""
 
 PUSH = """
 import sys, torch
@@ -87,6 +94,7 @@ LOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
+assert "hf_sparse_attention" not in sys.modules
 name, output = sys.argv[1:]
 
 def attempt(auto_class=AutoModelForCausalLM, **kwargs):
@@ -151,16 +159,6 @@ finetune.main([*options, "tester/tuned", "--output_dir", tuned, "--lora_rank", "
 """
 
 
-def run(code, *arguments, env):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-
-
 def results_of(process):
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
@@ -189,10 +187,29 @@ def saved_model(folder, **kwargs):
     return model(IDS).logits.detach()
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A Hub, and what runs programs that talk to it."""
+    folder = tmp_path_factory.mktemp("hub")
+    with serving(folder) as server, forking(IMPORTS, folder, server.environment(folder / "home")) as run:
+        yield server, run
+
+
 @pytest.fixture
-def hub(tmp_path):
-    with serving(tmp_path / "hub") as server:
-        yield server
+def hub(served):
+    """A Hub without repositories; nothing of it is in the cache of its clients."""
+    server, _ = served
+    for folder in (OWNER, "home"):
+        shutil.rmtree(server.folder / folder, ignore_errors=True)
+    server.requests.clear()
+    server.faults = {}
+    return server
+
+
+@pytest.fixture
+def run(served):
+    """Runs a program in a process that has not imported the package."""
+    return served[1]
 
 
 @pytest.fixture
@@ -201,10 +218,10 @@ def checkpoint(tmp_path):
     return tmp_path / "local", saved_model(tmp_path / "local", position="nape")
 
 
-def test_push_and_load(hub, checkpoint, tmp_path):
+def test_push_and_load(hub, run, checkpoint, tmp_path):
     folder, expected = checkpoint
     output = tmp_path / "trained"
-    process = run(PUSH, folder, output, env=hub.environment(tmp_path / "home"))
+    process = run(PUSH, folder, output)
     assert process.returncode == 0, process.stderr
     pushed, local = hub.files("tester/model"), contents(folder)
     assert set(pushed) == {*local, "README.md"}
@@ -222,13 +239,13 @@ def test_push_and_load(hub, checkpoint, tmp_path):
     assert not torch.equal(logits, expected)
 
 
-def test_trust_loads_without_an_import_and_refusal_stops(hub, checkpoint, tmp_path):
+def test_trust_loads_without_an_import_and_refusal_stops(hub, run, checkpoint, tmp_path):
     folder, expected = checkpoint
     repository = hub.repository("tester/model")
     repository.mkdir(parents=True)
     for name, content in contents(folder).items():
         (repository / name).write_bytes(content)
-    results = results_of(run(LOAD, "tester/model", tmp_path, env=hub.environment(tmp_path / "home")))
+    results = results_of(run(LOAD, "tester/model", tmp_path))
     assert 'ValueError: Specified `attn_implementation="asentmax"` is not supported' in results["no trust"]
     assert results["refused"] == results["no trust"]
     assert (results["one field"]["alpha"], results["one field"]["position_encoding"]) == (1.25, "nape")
@@ -242,18 +259,17 @@ def test_trust_loads_without_an_import_and_refusal_stops(hub, checkpoint, tmp_pa
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(IDS).logits, expected)
 
 
-def test_without_the_package_trust_names_what_to_install(hub, checkpoint, tmp_path):
-    process = run(WITHOUT_PACKAGE + LOAD, checkpoint[0], tmp_path, env=hub.environment(tmp_path / "home"))
-    results = results_of(process)
+def test_without_the_package_trust_names_what_to_install(hub, run, checkpoint, tmp_path):
+    results = results_of(run(WITHOUT_PACKAGE + LOAD, checkpoint[0], tmp_path))
     assert "ImportError" in results["trust"]
     assert "pip install hf_sparse_attention" in results["trust"]
     assert 'attn_implementation="asentmax"` is not supported' in results["no trust"]
 
 
-def test_failing_pushes_say_so_and_keep_the_local_files(hub, checkpoint, tmp_path):
+def test_failing_pushes_say_so_and_keep_the_local_files(hub, run, checkpoint, tmp_path):
     folder, expected = checkpoint
     hub.faults = {"/api/models/tester/model/commit/": "500", "/lfs-store/tester/trainer/": "hang up"}
-    process = run(FAILING_PUSH, folder, tmp_path, env=hub.environment(tmp_path / "home"))
+    process = run(FAILING_PUSH, folder, tmp_path)
     assert process.returncode != 0
     assert "500 Internal Server Error" in process.stdout
     assert f"{hub.url}/api/models/tester/model/commit/main" in process.stdout
@@ -265,12 +281,12 @@ def test_failing_pushes_say_so_and_keep_the_local_files(hub, checkpoint, tmp_pat
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(IDS).logits, expected)
 
 
-def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, checkpoint, tmp_path):
+def test_recipe_pushes_what_it_wrote_or_says_where_it_is(hub, run, checkpoint, tmp_path):
     output, text = tmp_path / "output", tmp_path / "text.txt"
     text.write_text("a b c d e f g h i j k l " * 9)
     hub.faults = {"/tester/broken-run.git/info/lfs": "500", "/api/models/tester/silent-run/commit/": "hang up"}
     arguments = ["--model_name_or_path", checkpoint[0], "--train_data", text, "--output_dir", output]
-    process = run(RECIPE, RECIPES, *arguments, tmp_path / "tuned", env=hub.environment(tmp_path / "home"))
+    process = run(RECIPE, RECIPES, *arguments, tmp_path / "tuned")
     assert process.returncode == 0, process.stderr
     tuned = hub.files("tester/tuned")
     assert {"model.safetensors", "README.md", *(f"adapter/adapter_{x}" for x in ADAPTER)} <= set(tuned)

@@ -62,28 +62,58 @@ def numbers(file):
     return content
 
 
-def launch_two(recipe, flags):
+# The command lines of several recipes, in one group of processes.
+SEVERAL = """
+import json, runpy, sys
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+PartialState.destroy_process_group = lambda *args: None
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+"""
+
+
+# Of the models of perplexity.py.
+SCALING = ["--rope_scaling", "none", "yarn", "none"]
+
+
+@pytest.fixture(scope="module")
+def models(softmax_checkpoint, asentmax_checkpoint):
+    """Models by recipe."""
+    return {
+        "perplexity.py": [*[f"rope={softmax_checkpoint}"] * 2, f"mine={asentmax_checkpoint}"],
+        "needle.py": [f"soft={softmax_checkpoint}", f"mine={asentmax_checkpoint}"],
+    }
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory, texts, models):
+    """Folders that two processes wrote to, by recipe."""
+    root = tmp_path_factory.mktemp("double")
+    folders = {recipe: root / recipe for recipe in models}
+    flags = {
+        "perplexity.py": [
+            *perplexity_flags(texts, folders["perplexity.py"], *models["perplexity.py"]),
+            *(*SCALING, "--batch_tokens", 200),
+        ],
+        "needle.py": [*needle_flags(folders["needle.py"], *models["needle.py"]), "--batch_tokens", 100],
+    }
+    commands = [[str(RECIPES / recipe), *map(str, flags[recipe])] for recipe in models]
+    script = root / "several.py"
+    script.write_text(SEVERAL)
     config = RECIPES / "configs" / "accelerate" / "multi_gpu.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--num_processes",
-        "2",
-    ]
-    command += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1"]
-    command += ["--main_process_port", "0", str(RECIPES / recipe), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", 1, "--main_process_port", 0, script]
+    done = subprocess.run([*map(str, launch), json.dumps(commands)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folders
 
 
-def test_perplexity_recipe(run, texts, tmp_path, softmax_checkpoint, asentmax_checkpoint):
-    models = [f"rope={softmax_checkpoint}", f"rope={softmax_checkpoint}", f"mine={asentmax_checkpoint}"]
-    flags = perplexity_flags(texts, tmp_path / "one", *models)
-    scaling = ["--rope_scaling", "none", "yarn", "none"]
-    out = run("perplexity.py", *flags, *scaling)
+def test_perplexity_recipe(run, texts, tmp_path, models, softmax_checkpoint, double):
+    flags = [*perplexity_flags(texts, tmp_path / "one", *models["perplexity.py"]), *SCALING]
+    out = run("perplexity.py", *flags)
     result = json.loads((tmp_path / "one" / "perplexity.json").read_text())
     assert list(result["checkpoints"]) == ["rope", "rope+yarn", "mine"]
     assert result["protocol"]["lengths"] == [24, 48, 96]
@@ -114,16 +144,14 @@ def test_perplexity_recipe(run, texts, tmp_path, softmax_checkpoint, asentmax_ch
             sum(losses) / len(losses), rel=1e-5
         )
 
-    two = perplexity_flags(texts, tmp_path / "two", *models)
-    launch_two("perplexity.py", [*two, *scaling, "--batch_tokens", 200])
-    assert json.loads((tmp_path / "two" / "perplexity.json").read_text())["run"]["processes"] == 2
-    run("perplexity.py", *flags, *scaling, "--batch_tokens", 200)
-    assert numbers(tmp_path / "two" / "perplexity.json") == numbers(tmp_path / "one" / "perplexity.json")
+    two = double["perplexity.py"]
+    assert json.loads((two / "perplexity.json").read_text())["run"]["processes"] == 2
+    run("perplexity.py", *flags, "--batch_tokens", 200)
+    assert numbers(two / "perplexity.json") == numbers(tmp_path / "one" / "perplexity.json")
 
 
-def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
-    models = [f"soft={softmax_checkpoint}", f"mine={asentmax_checkpoint}"]
-    flags = [*needle_flags(tmp_path / "one", *models), "--batch_tokens", 100]
+def test_needle_recipe(run, tmp_path, models, double):
+    flags = [*needle_flags(tmp_path / "one", *models["needle.py"]), "--batch_tokens", 100]
     out = run("needle.py", *flags)
     result = json.loads((tmp_path / "one" / "needle.json").read_text())
     assert list(result["checkpoints"]) == ["soft", "mine"]
@@ -137,18 +165,18 @@ def test_needle_recipe(run, tmp_path, softmax_checkpoint, asentmax_checkpoint):
     assert (tmp_path / "one" / "needle.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "one" / "samples").iterdir())) == 4
 
-    run("needle.py", *needle_flags(tmp_path / "forced", *models), "--decoding", "forced")
+    run("needle.py", *needle_flags(tmp_path / "forced", *models["needle.py"]), "--decoding", "forced")
     forced = json.loads((tmp_path / "forced" / "needle.json").read_text())
     for name, checkpoint in forced["checkpoints"].items():
         assert checkpoint["recall"] == result["checkpoints"][name]["recall"]
     assert "most likely" in forced["protocol"]["decoding"]
 
-    launch_two("needle.py", [*needle_flags(tmp_path / "two", *models), "--batch_tokens", 100])
-    assert json.loads((tmp_path / "two" / "needle.json").read_text())["run"]["processes"] == 2
-    assert numbers(tmp_path / "two" / "needle.json") == numbers(tmp_path / "one" / "needle.json")
+    two = double["needle.py"]
+    assert json.loads((two / "needle.json").read_text())["run"]["processes"] == 2
+    assert numbers(two / "needle.json") == numbers(tmp_path / "one" / "needle.json")
     for name in ("soft", "mine"):
         file = f"answers_{name}.jsonl"
-        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
+        assert (two / file).read_text() == (tmp_path / "one" / file).read_text()
 
 
 @pytest.mark.parametrize("recipe", ["perplexity.py", "needle.py"])
