@@ -1,8 +1,5 @@
 """FSDP2 with activation checkpointing, and DDP, over gloo processes give the losses and gradients of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from hf_sparse_attention import parameter_groups
 
 ROWS, LENGTH, RATE = 4, 11, 0.1
 
-# One import for all processes: they are forks.
 SPREAD = """
 import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -69,10 +65,9 @@ def work(rank, kind, world):
     dist.barrier()
     dist.destroy_process_group()
 
-if __name__ == "__main__":
-    for case in sys.argv[3:]:
-        kind, world = case.rsplit("_", 1)
-        mp.start_processes(work, (kind, int(world)), nprocs=int(world), start_method="fork")
+for case in sys.argv[3:]:
+    kind, world = case.rsplit("_", 1)
+    mp.start_processes(work, (kind, int(world)), nprocs=int(world), start_method="fork")
 """
 
 # Largest error of gradients, relative to the largest gradient, and of the loss; the last digit counts processes.
@@ -80,22 +75,14 @@ CASES = {"fsdp_2": 1e-5, "fsdp_4": 1e-5, "fsdp_bf16_2": 0.1, "ddp_4": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+def spread(forked, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """Folder with the results of all cases, and those of one process."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("spread")
     model, ids = tiny_model(position="nape"), torch.stack(prompts(*[LENGTH] * ROWS))
     model.save_pretrained(folder)
     torch.save(ids, folder / "ids.pt")
-    script = folder / "spread.py"
-    script.write_text(SPREAD)
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder), str(RATE), *CASES],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = forked(SPREAD, folder, RATE, *CASES)
     assert result.returncode == 0, result.stderr[-9000:]
 
     optimizer = torch.optim.SGD(parameter_groups(model.train(), 0.5, RATE))

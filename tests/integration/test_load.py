@@ -2,11 +2,7 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import psutil
 import pytest
@@ -130,11 +126,8 @@ sys.exit(str(failures) if failures else 0)
 """
 
 
-def test_threads_build_and_load_different_models_at_once(checkpoints, tmp_path):
+def test_threads_build_and_load_different_models_at_once(forked, checkpoints, tmp_path):
     """In a process of its own: transformers patches torch.nn.init while it builds, and races leave it patched."""
     torch.save([logits for _, logits in checkpoints], tmp_path / "expected.pt")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", THREADS, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
-    )
+    result = forked(THREADS, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -1,8 +1,6 @@
 """Row visibility from transformers' arguments: ranges where they suffice, one computation per forward, no cycles."""
 
 import gc
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -150,11 +148,9 @@ STOPPED = {
         ),
     ],
 )
-def test_compiled_code_stops_at_values_it_cannot_support(device, backend, case):
+def test_compiled_code_stops_at_values_it_cannot_support(forked, device, backend, case):
     """In a process of its own: on a GPU an assertion fails in a kernel, and the process can use the GPU no more."""
-    done = subprocess.run(
-        [sys.executable, "-c", STOPS, device, backend, case], capture_output=True, text=True, timeout=300
-    )
+    done = forked(STOPS, device, backend, case)
     visible, message = STOPPED[case]
     assert done.returncode != 0, done.stdout
     assert done.stdout.splitlines()[-1:] == [str([[visible]])], done.stderr

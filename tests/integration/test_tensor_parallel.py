@@ -1,14 +1,9 @@
 """Tensor parallelism over two and four processes (gloo) gives the logits and gradients of one process."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from families import prompts, tiny_model
 
-# One import for all processes: they are forks.
 SHARDED = """
 import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 import hf_sparse_attention
@@ -42,10 +37,9 @@ def work(rank, folder, cases, world):
     # Threads of the process group can abort a process whose interpreter shuts down.
     os._exit(0)
 
-if __name__ == "__main__":
-    for group in sys.argv[2:]:
-        world, *cases = group.split(",")
-        mp.start_processes(work, (sys.argv[1], cases, int(world)), nprocs=int(world), start_method="fork")
+for group in sys.argv[2:]:
+    world, *cases = group.split(",")
+    mp.start_processes(work, (sys.argv[1], cases, int(world)), nprocs=int(world), start_method="fork")
 """
 
 
@@ -57,7 +51,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(forked, tmp_path_factory):
     """Results of one process, and of several, by the number of processes and the name of the case."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sharded")
@@ -75,16 +69,8 @@ def sharded(tmp_path_factory):
                 "heads": heads / processes,
                 "norm": model.model.norm.weight.grad,
             }
-    script = folder / "sharded.py"
-    script.write_text(SHARDED)
     groups = [",".join([str(processes), *cases]) for processes, cases in CASES.items()]
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder), *groups],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = forked(SHARDED, folder, *groups)
     assert result.returncode == 0, result.stderr[-9000:]
     found = {
         (processes, name): results

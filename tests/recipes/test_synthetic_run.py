@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from synthetic_model import build_model, fused_norms, last_hidden_states, scaled_queries, target_loss
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_training import Progress, Trainer, train
-from tiny_run import RECIPES, as_flags
+from tiny_run import as_flags
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_sparse_attention.arguments import ArgumentError, parse
@@ -229,36 +228,37 @@ def test_the_clock_ends_training(tmp_path):
     assert max(line["learning_rate"] for line in lines) > 5e-3
 
 
-@pytest.mark.timeout(120)
-def test_a_signal_saves_and_the_run_goes_on(tmp_path):
-    changes = {"max_steps": 400, "samples": 0, "logging_steps": 10}
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    changes = {"max_steps": 60, "samples": 0, "logging_steps": 10}
     undisturbed = run(tmp_path / "whole", **changes)
-    output = tmp_path / "stopped"
-    command = [
-        sys.executable,
-        str(RECIPES / "synthetic.py"),
-        *as_flags({**TINY, **changes, "output_dir": str(output)}),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = output / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "--resume latest" in said
-    assert read(output)["status"] == f"stopped: signal {signal.SIGTERM}"
+    output, steps, calls = tmp_path / "stopped", Trainer.steps, []
+
+    def interrupted(trainer, limit):
+        calls.append(1)
+        if len(calls) == 34:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(trainer, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "steps", interrupted)
+        with pytest.raises(SystemExit) as leaving:
+            run(output, **changes)
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert "--resume latest" in capsys.readouterr().out
+    stopped = read(output)
+    assert stopped["status"] == f"stopped: signal {signal.SIGTERM}"
+    assert stopped["training"]["steps"] == 34
     with pytest.raises(SystemExit):
         run(output, **changes)
     resumed = run(output, resume="latest", **changes)
     assert resumed["status"] == "finished"
-    assert resumed["training"]["steps"] == 400
+    assert resumed["training"]["steps"] == 60
     torch.testing.assert_close(resumed["training"]["curve"]["loss"][-1], undisturbed["training"]["curve"]["loss"][-1])
 
 
-def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch, capsys):
     """Training is not repeated, and a finished run is left alone."""
-    changes = {"max_steps": 200, "multiples": [1, 2]}
+    changes = {"init_from": str(trained[0]), "max_steps": 20, "learning_rate": 1e-4, "multiples": [1, 2]}
     with monkeypatch.context() as patch:
         measured = evaluation.measure
         patch.setattr(evaluation, "measure", lambda *args: measured(*args) if args[2] == 12 else sys.exit("killed"))

@@ -1,0 +1,22 @@
+"""One process that has imported the package, for everything that needs a process of its own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forked import Forked, forking
+
+IMPORTS = """
+import torch, torch.distributed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+import hf_sparse_attention
+"""
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory) -> Iterator[Forked]:
+    """Runs a program in a fork, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with forking(IMPORTS, tmp_path_factory.mktemp("forked"), environment) as run:
+        yield run
