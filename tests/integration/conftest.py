@@ -16,7 +16,7 @@ import hf_sparse_attention
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory) -> Iterator[Forked]:
-    """Runs a program in a fork, on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    with forking(IMPORTS, tmp_path_factory.mktemp("forked"), environment) as run:
+    """Runs a program in a fork, on one thread of the CPU: forks cannot use a GPU that their parent has looked for."""
+    changes = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    with forking(IMPORTS, tmp_path_factory.mktemp("forked"), {**os.environ, **changes}) as run:
         yield run

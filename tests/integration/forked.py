@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Answers each line, the arguments of a program, with its exit code; what it prints goes to the files that are named.
+# Answers each line, a program and its arguments, with its exit code; what it prints goes to the files that are named.
 _SERVER = """
 import json, os, sys
 exec(sys.argv[1])
+print("ready", flush=True)
 for _line in sys.stdin:
     _request = json.loads(_line)
     _child = os.fork()
@@ -41,8 +43,6 @@ for _line in sys.stdin:
             sys.stderr.flush()
             os._exit(_code)
     print(os.waitstatus_to_exitcode(os.waitpid(_child, 0)[1]), flush=True)
-# Nothing needs to be taken down.
-os._exit(0)
 """
 
 
@@ -54,18 +54,36 @@ class Forked:
 
     def __call__(self, program: str, *arguments: Any) -> subprocess.CompletedProcess:
         """What ``python -c PROGRAM ARGUMENTS`` would give, with the names of ``start`` defined in the program."""
+        if self.server.poll() is not None:
+            raise RuntimeError("the process that forks has ended")
         self.count += 1
         files = {name: self.folder / f"{self.count}.{name}" for name in ("stdout", "stderr")}
         request = {"program": program, "arguments": [str(argument) for argument in arguments], "input": os.devnull}
         print(json.dumps({**request, **{name: str(file) for name, file in files.items()}}), file=self.server.stdin)
         self.server.stdin.flush()
-        code = self.server.stdout.readline()
-        if not code:
+        code = int(self.answer())
+        return subprocess.CompletedProcess(program, code, *(file.read_text() for file in files.values()))
+
+    def answer(self) -> str:
+        """The next line from the process."""
+        try:
+            line = self.server.stdout.readline()
+        except BaseException:
+            # A program that takes too long: its answer must not be taken for that of the next.
+            self.kill()
+            raise
+        if not line:
             raise RuntimeError("the process that forks has ended: " + (self.folder / "log").read_text()[-9000:])
-        return subprocess.CompletedProcess(program, int(code), *(files[name].read_text() for name in files))
+        return line
+
+    def kill(self) -> None:
+        """End the process and what it has started; they have nothing to take down."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.server.pid, signal.SIGKILL)
+        self.server.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def forking(start: str, folder: Path, env: Mapping[str, str] | None = None) -> Iterator[Forked]:
     """A process that has executed ``start``, its imports above all.
 
@@ -82,7 +100,12 @@ def forking(start: str, folder: Path, env: Mapping[str, str] | None = None) -> I
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            start_new_session=True,
         )
     with server:
-        yield Forked(server, folder)
-        server.stdin.close()
+        forked = Forked(server, folder)
+        try:
+            forked.answer()
+            yield forked
+        finally:
+            forked.kill()

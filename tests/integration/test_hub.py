@@ -191,8 +191,10 @@ def saved_model(folder, **kwargs):
 def served(tmp_path_factory):
     """A Hub, and what runs programs that talk to it."""
     folder = tmp_path_factory.mktemp("hub")
-    with serving(folder) as server, forking(IMPORTS, folder, server.environment(folder / "home")) as run:
-        yield server, run
+    with serving(folder) as server:
+        environment = {**server.environment(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
+        with forking(IMPORTS, folder, environment) as run:
+            yield server, run
 
 
 @pytest.fixture
