@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_sparse_attention  # noqa: F401 - registers the presets
 
-MEASURED = json.loads((ROOT / "model_cards" / "results" / "benchmark_kernels.json").read_text())
+MEASURED = json.loads((ROOT / "model_cards" / "results" / "benchmark_attention.json").read_text())
 OURS = [row for row in MEASURED["training"] if row["contestant"].startswith("ours")]
 
 
