@@ -69,6 +69,19 @@ def test_comparison_with_adasplash():
     assert [sentence for sentence in sentences if sentence not in text] == []
 
 
+def test_numbers_of_recall():
+    results = json.loads((RESULTS / "synthetic" / "mqmtar_once" / "results.json").read_text(encoding="utf-8"))
+    cells = {cell["length"]: cell for cell in results["evaluation"]["cells"]}
+    longest = cells[65536]
+    share = {length: f"{100 * cells[length]['exact_match']:.1f} %" for length in (1024, 4096, 16384)}
+    sentence = (
+        f"recalls pairs in {share[1024]} of the rows of 1,024 tokens, {share[4096]} of those of 4,096, {share[16384]} of "
+        f"16,384 and {round(longest['exact_match'] * longest['samples'])} of {longest['samples']} of 65,536"
+    )
+    assert sentence in " ".join(README.split())
+    assert round(results["training"]["seconds"] / 60) == 7
+
+
 def test_numbers_of_the_language_models():
     """README's paragraph, sentence by sentence: perplexities, and needles at 8x, means over seeds."""
     runs = json.loads((RESULTS / "real_text" / "real_text.json").read_text(encoding="utf-8"))["runs"]
