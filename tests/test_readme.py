@@ -75,8 +75,8 @@ def test_numbers_of_recall():
     longest = cells[65536]
     share = {length: f"{100 * cells[length]['exact_match']:.1f} %" for length in (1024, 4096, 16384)}
     sentence = (
-        f"recalls pairs in {share[1024]} of the rows of 1,024 tokens, {share[4096]} of those of 4,096, {share[16384]} of "
-        f"16,384 and {round(longest['exact_match'] * longest['samples'])} of {longest['samples']} of 65,536"
+        f"recalls pairs in {share[1024]} of the rows of 1,024 tokens, {share[4096]} of those of 4,096, {share[16384]} "
+        f"of 16,384 and {round(longest['exact_match'] * longest['samples'])} of {longest['samples']} of 65,536"
     )
     assert sentence in " ".join(README.split())
     assert round(results["training"]["seconds"] / 60) == 7
