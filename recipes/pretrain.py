@@ -166,9 +166,12 @@ def train(
             streaming=data_options.streaming,
         )
         # What the main process saved is what the others, and a continued run, use.
-        saved = checkpoint is not None or not accelerator.is_main_process
-        tokenizer = load_tokenizer(output) if saved else make_tokenizer(documents, model_options)
-        if not saved:
+        if not accelerator.is_main_process or (checkpoint is not None and (output / "tokenizer_config.json").exists()):
+            tokenizer = load_tokenizer(output)
+        else:
+            # The folder of a checkpoint is in that of its run, which may be another.
+            made = checkpoint is None
+            tokenizer = make_tokenizer(documents, model_options) if made else load_tokenizer(checkpoint.parent)
             replace_files(output, tokenizer.save_pretrained)
         validation = validation_rows(tokenizer, data_options)
         rows = training_rows(documents, tokenizer, data_options, options.seed)

@@ -66,6 +66,15 @@ def test_resume(pretrain, trained, tmp_path, capsys, step):
     assert written == f"Written to {output}"
 
 
+def test_resume_from_another_folder(pretrain, trained, tmp_path):
+    before = sorted(path.name for path in trained.iterdir())
+    pretrain(tmp_path / "run", resume=str(trained / "checkpoint-00000006"), keep_checkpoints=9)
+    assert read_metrics(tmp_path / "run") == [line for line in read_metrics(trained) if line["step"] > 6]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-00000009", "checkpoint-00000010"]
+    assert same_weights(tmp_path / "run", trained)
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
 OTHER_MODELS = {
     "width": ({"model_overrides": {**TINY_MODEL, "hidden_size": 64}}, "hidden_size is 64, not 32"),
     "depth": ({"model_overrides": {**TINY_MODEL, "num_hidden_layers": 3}}, "num_hidden_layers is 3, not 2"),
