@@ -28,7 +28,7 @@ _AUTO_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
 )
-_HEADER = '''"""Loads this checkpoint with trust_remote_code=True; the package hf_sparse_attention must be installed."""
+_HEADER = '''"""Loads this checkpoint with trust_remote_code=True; hf_sparse_attention must be installed."""
 
 import transformers
 from hf_sparse_attention.hub import TrustedCheckpoint

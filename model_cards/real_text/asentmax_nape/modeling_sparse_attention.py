@@ -1,4 +1,4 @@
-"""Loads this checkpoint with trust_remote_code=True; the package hf_sparse_attention must be installed."""
+"""Loads this checkpoint with trust_remote_code=True; hf_sparse_attention must be installed."""
 
 import transformers
 from hf_sparse_attention.hub import TrustedCheckpoint
