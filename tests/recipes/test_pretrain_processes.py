@@ -1,16 +1,14 @@
 """Training in other processes: killed ones continue, several give the losses of one."""
 
 import ast
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 from forked import forking
-from tiny_run import RECIPES, ROOT, as_flags, read_metrics
+from launched import COMMANDS, SEVERAL, launch
+from tiny_run import RECIPES, as_flags, read_metrics
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.checkpoints import list_checkpoints
@@ -102,28 +100,6 @@ for number in (0, 1):
 print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
-# Runs of one launch, one after the other.
-SEVERAL = """
-import json, runpy, sys
-from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
-
-PartialState.destroy_process_group = lambda *args: None  # all runs use one group
-runs = json.loads(sys.argv[1])
-
-def forget_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-"""
-
-SCRIPT = f"""
-sys.path.insert(0, {str(RECIPES)!r})
-for flags in runs:
-    sys.argv[1:] = flags
-    runpy.run_path({str(RECIPES / "pretrain.py")!r}, run_name="__main__")
-    forget_accelerate()
-"""
-
 # accelerate offers FSDP on accelerators only; these lines make it take two CPU processes for two GPUs. A signal that
 # one of the processes gets after five steps stops both, then both continue.
 FSDP_ON_CPU = """
@@ -176,24 +152,6 @@ def forked(forking_process, tmp_path):
     return lambda program, *arguments: forking_process(own_cache + program, *arguments)
 
 
-def launch(config, program, runs, tmp_path):
-    """Two processes that run the program on the options of each run."""
-    script = tmp_path / "script.py"
-    script.write_text(program)
-    command = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "configs" / "accelerate" / config]
-    # Port 0: any free one.
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", script]
-    process = subprocess.run(
-        [sys.executable, *map(str, command), json.dumps([as_flags(options) for options in runs])],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-
-
 def assert_same_run(left, right):
     left, right = read_metrics(left), read_metrics(right)
     assert [line["step"] for line in left] == [line["step"] for line in right]
@@ -230,16 +188,17 @@ def single(pretrain, validated, tmp_path_factory):
     return {name: pretrain(folder / name, **options, keep_checkpoints=9) for name, options in validated.items()}
 
 
-def launch_all(config, program, validated, folder, **changes):
+def launch_all(config, program, validated, folder, script=(), **changes):
     runs = {name: {**options, "output_dir": folder / name, **changes} for name, options in validated.items()}
-    launch(config, program, runs.values(), folder)
+    launch(config, program, [[*script, *as_flags(options)] for options in runs.values()], folder, environment(folder))
     return {name: options["output_dir"] for name, options in runs.items()}
 
 
 @pytest.fixture(scope="module")
 def double(validated, tmp_path_factory):
+    script = [str(RECIPES / "pretrain.py")]
     return launch_all(
-        "multi_gpu.yaml", SEVERAL + SCRIPT, validated, tmp_path_factory.mktemp("double"), device_batch_size=1
+        "multi_gpu.yaml", COMMANDS, validated, tmp_path_factory.mktemp("double"), script, device_batch_size=1
     )
 
 

@@ -3,13 +3,13 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_disk import largest_file, read_only
+from launched import COMMANDS, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.arguments import parse
@@ -62,19 +62,6 @@ def numbers(file):
     return content
 
 
-# The command lines of several recipes, in one group of processes.
-SEVERAL = """
-import json, runpy, sys
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
-PartialState.destroy_process_group = lambda *args: None
-for command in json.loads(sys.argv[1]):
-    sys.argv = command
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    AcceleratorState._reset_state(reset_partial_state=True)
-"""
-
-
 # Of the models of perplexity.py.
 SCALING = ["--rope_scaling", "none", "yarn", "none"]
 
@@ -101,13 +88,7 @@ def double(tmp_path_factory, texts, models):
         "needle.py": [*needle_flags(folders["needle.py"], *models["needle.py"]), "--batch_tokens", 100],
     }
     commands = [[str(RECIPES / recipe), *map(str, flags[recipe])] for recipe in models]
-    script = root / "several.py"
-    script.write_text(SEVERAL)
-    config = RECIPES / "configs" / "accelerate" / "multi_gpu.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
-    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", 1, "--main_process_port", 0, script]
-    done = subprocess.run([*map(str, launch), json.dumps(commands)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("multi_gpu.yaml", COMMANDS, commands, root)
     return folders
 
 
