@@ -169,9 +169,9 @@ def train(
         if not accelerator.is_main_process or (checkpoint is not None and (output / "tokenizer_config.json").exists()):
             tokenizer = load_tokenizer(output)
         else:
-            # The folder of a checkpoint is in that of its run, which may be another.
-            made = checkpoint is None
-            tokenizer = make_tokenizer(documents, model_options) if made else load_tokenizer(checkpoint.parent)
+            # A checkpoint lies in the folder of its run, which may be another.
+            source = checkpoint and checkpoint.parent
+            tokenizer = load_tokenizer(source) if source else make_tokenizer(documents, model_options)
             replace_files(output, tokenizer.save_pretrained)
         validation = validation_rows(tokenizer, data_options)
         rows = training_rows(documents, tokenizer, data_options, options.seed)
