@@ -11,7 +11,7 @@ where ``mean`` is the mean of the values under u. For softmax, ``p = u = exp2(q.
 import triton
 import triton.language as tl
 
-from .threshold import SOFTMAX, powers
+from .threshold import SOFTMAX, positive_part, powers
 from .tiles import (
     ALIGNMENT,
     distance,
@@ -19,7 +19,6 @@ from .tiles import (
     load_rows,
     load_tile,
     margin,
-    mask_invisible,
     positions_of,
     schedule,
     store_tile,
@@ -27,13 +26,13 @@ from .tiles import (
 
 
 @triton.jit
-def weights(y, beta, KIND: tl.constexpr):
-    """Probabilities and the diagonal of their Jacobian from scores less the threshold."""
+def weights(x, beta, KIND: tl.constexpr):
+    """Probabilities and the diagonal of their Jacobian from scores less the threshold (its positive part)."""
     if KIND == SOFTMAX:
-        p = tl.exp2(y)
+        p = tl.exp2(x)
         return p, p
     else:
-        return powers(tl.maximum(y, 0.0), beta, KIND)
+        return powers(x, beta, KIND)
 
 
 @triton.jit(
@@ -60,6 +59,10 @@ def query_gradient_kernel(
     Grid: (q_tiles * batch * q_heads,). ``unit`` is the factor between z and the units of ROW_SCALE. VECTORS are the
     ROW_VECTORS numbers that dK and dV need of each row (see :func:`key_value_gradient_kernel`), tile by tile.
     """
+    # The positive part at once, where no slope is subtracted later.
+    EARLY: tl.constexpr = KIND != SOFTMAX and not HAS_SLOPES
+    LATE: tl.constexpr = KIND != SOFTMAX and HAS_SLOPES
+    hidden: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     q_tile, bh = schedule(tl.program_id(0), q_tiles, batch * q_heads, heads_at_once)
     b = bh // q_heads
     h = bh % q_heads
@@ -114,18 +117,23 @@ def query_gradient_kernel(
             fix = fix | (slope != 0)
         k = load_tile(K, stride_kn, first, k_len, cols, dims, D, DP)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        y = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
+        x = margin(scores, c[:, None], reference[:, None], offset[:, None], inverse[:, None], EXACT)
+        if EARLY:
+            x = positive_part(x)
         keys = first + cols
         if HAS_SLOPES:
             # Outside the branch below: a value used in it and after it is hoisted wrongly by Triton 3.6.
             far = distance(position, keys)
         if fix:
             if HAS_SLOPES:
-                y = y - row_slope[:, None] * far
-            y = mask_invisible(y, keys, start, end)
+                x = x - row_slope[:, None] * far
+            visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+            x = tl.where(visible, x, hidden)
+        if LATE:
+            x = positive_part(x)
         v = load_tile(V, stride_vn, first, k_len, cols, dims_v, DV, DVP)
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        _, u = weights(y, beta, KIND)
+        _, u = weights(x, beta, KIND)
         grad_y = u * (grad_p - delta[:, None])
         if SLOPE_GRADIENT:
             moment += tl.sum(grad_y * far, 1)
@@ -189,6 +197,10 @@ def key_value_gradient_kernel(
     pairs where they are used, the scale twice: held through an iteration each would take 16 registers. NEAR: a head
     of Q or GRAD spans less than 2^31 elements, and so do its VECTORS.
     """
+    # The positive part at once, where no slope is subtracted later.
+    EARLY: tl.constexpr = KIND != SOFTMAX and not HAS_SLOPES
+    LATE: tl.constexpr = KIND != SOFTMAX and HAS_SLOPES
+    hidden: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     k_heads = q_heads // group
     pid = tl.program_id(0)
     key_block = pid // (batch * k_heads)
@@ -238,7 +250,9 @@ def key_value_gradient_kernel(
                 of_others = of_rows + (6 * TILE_M - part * (3 * BM) + row)
                 inverse = tl.load(of_others)
                 offset = tl.load(of_others + TILE_M)
-            y = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
+            x = margin(scores, c[None, :], reference[None, :], offset[None, :], inverse[None, :], EXACT)
+            if EARLY:
+                x = positive_part(x)
             fix = (entry & 1) != 0
             if HAS_SLOPES:
                 fix = fix | (slope != 0)
@@ -250,14 +264,16 @@ def key_value_gradient_kernel(
                     rows = first_row + row
                     position = positions_of(QUERY_POSITIONS, position_base, rows, q_len, k_len, HAS_POSITIONS)
                     row_slope = slope * tl.load(vectors + (again + 6 * TILE_M + in_tile) + row)
-                    y = y - row_slope[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
+                    x = x - row_slope[None, :] * tl.abs(position[None, :] - keys[:, None].to(tl.float32))
                 of_ends = vectors + (4 * TILE_M + (again + 2 * in_tile))
                 ends = tl.load(of_ends.to(tl.pointer_type(tl.int64)) + row)
                 start = ends.to(tl.int32)
                 end = (ends >> 32).to(tl.int32)
                 visible = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
-                y = tl.where(visible, y, float("-inf"))
-            p, u = weights(y, beta, KIND)
+                x = tl.where(visible, x, hidden)
+            if LATE:
+                x = positive_part(x)
+            p, u = weights(x, beta, KIND)
             grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
             c, delta = tl.split(tl.load(of_rows + (2 + pair)))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .threshold import UNREACHABLE, powers, root
+from .threshold import UNREACHABLE, positive_part, powers, root
 from .tiles import (
     ALIGNMENT,
     distance,
@@ -99,7 +99,7 @@ def output_kernel(
             hidden = tl.where(negative, float("inf"), float("-inf"))[:, None]
             visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
             scores = tl.where(visible, scores, hidden)
-        x = tl.maximum(margin(scores, out_scale[:, None], tau[:, None], t[:, None], narrow[:, None], EXACT), 0.0)
+        x = positive_part(margin(scores, out_scale[:, None], tau[:, None], t[:, None], narrow[:, None], EXACT))
         p, u = powers(x, beta, KIND)
         tile_f = tl.sum(p, 1)
         f += tile_f

@@ -9,6 +9,7 @@ from .threshold import (
     UNREACHABLE,
     converged,
     highest_offset,
+    positive_part,
     powers,
     secant_flatness,
     solve_step,
@@ -92,7 +93,7 @@ def solve_kernel(
                 q, K, stride_kn, first, hi, cols, dims, start, end, position, raw_slope, negative, fix,
                 D, DP, HAS_SCALE, HAS_SLOPES, PRECISION,
             )  # fmt: skip
-            x = tl.maximum(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT), 0.0)
+            x = positive_part(margin(a, c[:, None], tau[:, None], t[:, None], 1.0, EXACT))
             p, u = powers(x, beta, KIND)
             f += tl.sum(p, 1)
             d += tl.sum(u, 1)

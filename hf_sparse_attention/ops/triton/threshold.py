@@ -22,6 +22,12 @@ ESTIMATED = tl.constexpr(0.6)
 
 
 @triton.jit
+def positive_part(x):
+    """``max(x, 0)`` of a margin, which never exceeds 1: a clamp to [0, 1] is part of the instruction before it."""
+    return tl.clamp(x, 0.0, 1.0)
+
+
+@triton.jit
 def powers(x, beta, KIND: tl.constexpr):
     """``x^beta`` and ``x^(beta - 1)`` for ``x >= 0``, both 0 where x is 0."""
     if KIND == ENTMAX15:
