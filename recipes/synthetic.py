@@ -25,8 +25,9 @@ from pretrain_setup import check_same_model, model_fields
 from synthetic_model import build_model
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
 from synthetic_report import describe_cell, synthetic_card
+from synthetic_selection import Selection
 from synthetic_training import NonFiniteLoss, Progress, Trainer, train
-from transformers import LlamaForCausalLM, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from hf_sparse_attention.arguments import ArgumentError, parse_arguments
@@ -68,10 +69,10 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
     tasks = options.all_stages(task_options.trained_tasks())
     try:
         task.check_length(low)
-        for multiple in eval_options.multiples:
+        for multiple in (*eval_options.multiples, options.validation_multiple or 1):
             task_options.evaluated_task().check_length(round(high * multiple))
     except ValueError as error:
-        raise ArgumentError(f"train_lengths, multiples: {error}") from error
+        raise ArgumentError(f"train_lengths, multiples, validation_multiple: {error}") from error
     output = Path(options.output_dir)
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
@@ -87,10 +88,13 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
             (output / "metrics.jsonl").unlink()
         set_seed(options.seed)
         model = build_model(task_options).to(device)
+        if options.mixed_precision == "bf16-true":
+            model.to(torch.bfloat16)
         trainer, progress = Trainer(model, tasks, options, device), Progress(options)
         alpha, fields = get_alpha(model), model_fields(model, task_options)
+        selection = make_selection(task_options, options, eval_options)
         if checkpoint is not None:
-            restore(checkpoint, trainer, progress, fields, output)
+            restore(checkpoint, trainer, selection, progress, fields, output)
         settings = {**vars(task_options), **vars(options), **vars(eval_options)}
         record = {
             "task": task_options.task,
@@ -99,11 +103,14 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
             "train_lengths": [low, high],
             "run": run_record(settings, device, 1),
         }
-        return train_and_measure(trainer, progress, alpha, fields, task_options, eval_options, record, output)
+        return train_and_measure(
+            trainer, selection, progress, alpha, fields, task_options, eval_options, record, output
+        )
 
 
 def train_and_measure(
     trainer: Trainer,
+    selection: Selection | None,
     progress: Progress,
     alpha: float,
     fields: dict[str, Any],
@@ -119,7 +126,9 @@ def train_and_measure(
         target = output / checkpoint_name(progress.step)
         write_checkpoint(
             target,
-            lambda folder: torch.save(trainer.state_dict(), folder / STATE),
+            lambda folder: torch.save(
+                {**trainer.state_dict(), "selection": selection and selection.state_dict()}, folder / STATE
+            ),
             {**{name: getattr(progress, name) for name in _PROGRESS}, "model": fields},
             is_main=True,
             wait=lambda: None,
@@ -139,6 +148,8 @@ def train_and_measure(
             "cuda_graph": trainer.graphed,
             "curve": thinned(curve),
         }
+        if selection is not None:
+            training["selection"] = {"length": selection.length, "kept_step": selection.step, **selection.curve}
         content = {"status": status, **record, "training": training, **more}
         replace_files(output, lambda folder: write_json(folder / "results.json", content))
 
@@ -155,7 +166,10 @@ def train_and_measure(
                         f"loss {line['loss']:.4f}, exact {line['exact_match']:.1%}, longest {line['longest']}{stage}",
                         flush=True,
                     )
-                if options.save_steps and line["step"] % options.save_steps < options.logging_steps:
+                if selection is not None and is_due(line["step"], options.validation_steps, options):
+                    exact, tokens = selection.look(trainer, line["step"])
+                    print(f"{selection.length:,} tokens: exact {exact:.1%}, tokens {tokens:.2%}", flush=True)
+                if options.save_steps and is_due(line["step"], options.save_steps, options):
                     save_state()
         except NonFiniteLoss as error:
             write(f"stopped: {error}")
@@ -166,8 +180,12 @@ def train_and_measure(
             write(f"stopped: signal {stop.number}")
             return stop.number
     trainer.forget()
+    if selection is not None and progress.step not in selection.curve["step"]:
+        selection.look(trainer, progress.step)
     # An evaluation that is interrupted starts from here.
     save_state()
+    if selection is not None:
+        selection.apply(model)
     write("trained")
     if eval_options.save_model:
         # Measured as it is kept, so that the card's numbers are those of the saved weights.
@@ -183,8 +201,32 @@ def train_and_measure(
     return None
 
 
+def is_due(step: int, every: int, options: TrainOptions) -> bool:
+    """Whether a multiple of ``every`` was passed since the line of the log before that of ``step``."""
+    return step % every < options.logging_steps
+
+
+def make_selection(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOptions) -> Selection | None:
+    """Looks at a longer length during training, if asked for."""
+    if not options.validation_multiple:
+        return None
+    task = task_options.evaluated_task()
+    ladder = LadderOptions(
+        samples=options.validation_samples,
+        batch_tokens=eval_options.batch_tokens,
+        # The tests have the seeds eval_seed and, for what they generate, the next one.
+        seed=eval_options.eval_seed + 2,
+        dtype=autocast_dtype(options),
+    )
+    return Selection(task, round(options.lengths(task)[1] * options.validation_multiple), ladder)
+
+
+def autocast_dtype(options: TrainOptions) -> torch.dtype | None:
+    return torch.bfloat16 if options.mixed_precision == "bf16" else None
+
+
 def evaluate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     task_options: TaskOptions,
     options: TrainOptions,
     eval_options: EvalOptions,
@@ -201,7 +243,7 @@ def evaluate(
         generate=eval_options.generate,
         seconds=eval_options.eval_seconds,
         seed=eval_options.eval_seed,
-        dtype=torch.bfloat16 if options.mixed_precision == "bf16" else None,
+        dtype=autocast_dtype(options),
     )
     protocol = {**dataclasses.asdict(ladder), "dtype": options.mixed_precision, "weights": eval_options.save_dtype}
     described = {"task": dataclasses.asdict(task), "protocol": protocol}
@@ -218,7 +260,7 @@ def evaluate(
     return {**described, **run_ladder(model, task, lengths, ladder, progress)}
 
 
-def save_model(model: LlamaForCausalLM, options: EvalOptions, output: Path) -> None:
+def save_model(model: PreTrainedModel, options: EvalOptions, output: Path) -> None:
     """Write weights and config. From now on the model computes with what was written, still in float32."""
     dtype = getattr(torch, options.save_dtype)
     with torch.no_grad():
@@ -237,12 +279,22 @@ def read_status(output: Path) -> str | None:
         raise CheckpointError(f"{path} is not what a run writes ({error!r}); remove it to go on") from error
 
 
-def restore(checkpoint: Path, trainer: Trainer, progress: Progress, fields: dict[str, Any], output: Path) -> None:
+def restore(
+    checkpoint: Path,
+    trainer: Trainer,
+    selection: Selection | None,
+    progress: Progress,
+    fields: dict[str, Any],
+    output: Path,
+) -> None:
     state = read_state(checkpoint)
     check_same_model(fields, state.get("model", {}), checkpoint)
     if state["stage"] >= len(trainer.stages):
         raise ArgumentError(f"stages: there are {len(trainer.stages)}; {checkpoint} is in number {state['stage'] + 1}")
-    trainer.load_state_dict(torch.load(checkpoint / STATE, map_location=trainer.device, weights_only=True))
+    tensors = torch.load(checkpoint / STATE, map_location=trainer.device, weights_only=True)
+    trainer.load_state_dict(tensors)
+    if selection is not None and tensors.get("selection") is not None:
+        selection.load_state_dict(tensors["selection"])
     for name in _PROGRESS:
         setattr(progress, name, state[name])
     drop_later_lines(output / "metrics.jsonl", progress.step)

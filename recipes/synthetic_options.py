@@ -10,6 +10,9 @@ from hf_sparse_attention.arguments import ArgumentError, parse_mapping
 from hf_sparse_attention.config import PRESETS, SparseAttentionConfig
 from hf_sparse_attention.data.synthetic import TASKS, Task, make_task
 
+ARCHITECTURES = ("llama", "gemma2")
+PRECISIONS = ("bf16", "bf16-true", "no")
+
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
     return {"help": text, **more}
@@ -46,6 +49,12 @@ class TaskOptions:
             metavar="JSON",
         ),
     )
+    architecture: str = field(
+        default="llama",
+        metadata=_help(
+            "llama, or gemma2, the paper's, which also normalises what a layer adds; without windows and softcapping"
+        ),
+    )
     layers: int = field(default=2, metadata=_help("decoder layers"))
     hidden_size: int = field(default=256, metadata=_help("width"))
     intermediate_size: int = field(default=1024, metadata=_help("width of the feed-forward layers"))
@@ -68,6 +77,7 @@ class TaskOptions:
             raise ArgumentError(f"task: none given; allowed: {', '.join(TASKS)}")
         if self.attn_implementation not in PRESETS:
             raise ArgumentError(f"attn_implementation is {self.attn_implementation!r}; allowed: {', '.join(PRESETS)}")
+        _check(self.architecture in ARCHITECTURES, "architecture", self.architecture, ", ".join(ARCHITECTURES))
         for name in ("layers", "hidden_size", "intermediate_size", "heads"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("initializer_range", "embedding_range"):
@@ -164,7 +174,12 @@ class TrainOptions:
         default=0.0, metadata=_help("share of the training in which alpha moves to its configured value")
     )
     alpha_stages: int = field(default=8, metadata=_help("steps in which it does: a captured graph has one alpha"))
-    mixed_precision: str = field(default="bf16", metadata=_help("bf16 (autocast; weights stay float32) or no"))
+    mixed_precision: str = field(
+        default="bf16",
+        metadata=_help(
+            "bf16 (autocast; weights stay float32), bf16-true (weights and optimizer too, as the paper) or no"
+        ),
+    )
     cuda_graph: bool = field(default=True, metadata=_help("capture the step in a CUDA graph; no effect on the CPU"))
     compile: bool = field(
         default=False,
@@ -178,6 +193,15 @@ class TrainOptions:
         metadata=_help("rows of a curriculum are padded to sources of a multiple of this; a graph for each"),
     )
     logging_steps: int = field(default=50, metadata=_help("steps between two lines of metrics.jsonl"))
+    validation_multiple: float = field(
+        default=0.0,
+        metadata=_help(
+            "keep the weights that solve the most rows at this multiple of the longest training source, of those with "
+            "equal numbers the later ones; 0: keep the last"
+        ),
+    )
+    validation_steps: int = field(default=1000, metadata=_help("steps between two looks at that length"))
+    validation_samples: int = field(default=500, metadata=_help("rows that are looked at; none is a test row"))
     save_steps: int = field(default=0, metadata=_help("steps between two checkpoints; 0: only when a signal stops it"))
     resume: str | None = field(default=None, metadata=_help("latest: go on with the run in output_dir"))
 
@@ -187,18 +211,26 @@ class TrainOptions:
         if self.max_steps is None and self.max_seconds is None:
             raise ArgumentError("give max_steps, max_seconds, or both")
         _check(self.max_steps is None or self.max_steps >= 0, "max_steps", self.max_steps, "at least 0")
-        for name in ("batch_size", "alpha_stages", "pad_multiple", "logging_steps"):
+        for name in (
+            "batch_size",
+            "alpha_stages",
+            "pad_multiple",
+            "logging_steps",
+            "validation_steps",
+            "validation_samples",
+        ):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_seconds", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, value, "above 0")
+        _check(0 <= self.validation_multiple < math.inf, "validation_multiple", self.validation_multiple, "at least 0")
         for name in ("warmup_steps", "weight_decay", "scale_lr_multiplier", "save_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _check(0 < self.query_jitter <= 1, "query_jitter", self.query_jitter, "above 0 and up to 1")
         _check(1 <= self.alpha_start <= 2, "alpha_start", self.alpha_start, "1 to 2")
-        _check(self.mixed_precision in ("bf16", "no"), "mixed_precision", self.mixed_precision, "bf16, no")
+        _check(self.mixed_precision in PRECISIONS, "mixed_precision", self.mixed_precision, ", ".join(PRECISIONS))
         _check(self.resume in (None, "latest"), "resume", self.resume, "latest")
         lengths = self.train_lengths
         if lengths is not None and not (len(lengths) == 2 and 1 <= lengths[0] <= lengths[1]):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from synthetic_model import fused_norms, scaled_queries, target_loss
 from synthetic_options import TrainOptions
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import hf_sparse_attention
 from hf_sparse_attention.data.synthetic import Task
@@ -34,12 +34,13 @@ class Trainer:
 
     Attributes:
         captured: seconds spent on compiling and capturing.
+        aside: seconds in which something else was done with the model.
         stages: a task for each.
         task: that of the next steps.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, tasks: Task | list[Task], options: TrainOptions, device: torch.device
+        self, model: PreTrainedModel, tasks: Task | list[Task], options: TrainOptions, device: torch.device
     ) -> None:
         self.model, self.options, self.device = model, options, device
         self.stages = options.all_stages([tasks] if isinstance(tasks, Task) else tasks)
@@ -65,7 +66,7 @@ class Trainer:
         self.sums = torch.zeros(3, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.captured = 0.0
+        self.captured = self.aside = 0.0
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -92,10 +93,14 @@ class Trainer:
         hf_sparse_attention.set_alpha(self.model, alpha)
         self.forget()
 
-    def forget(self) -> None:
-        """Wait for the device and drop captured steps, and the memory that they hold."""
+    def wait(self) -> None:
+        """Until the device has done what it was given, on any stream."""
         if self.stream is not None:
             torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        """Wait for the device and drop captured steps, and the memory that they hold."""
+        self.wait()
         self.graphs.clear()
 
     def steps(self, limit: int) -> int:
@@ -118,7 +123,7 @@ class Trainer:
         with self._on_stream():
             for _ in range(_EAGER_STEPS):
                 self._step(limit)
-        torch.cuda.synchronize(self.device)
+        self.wait()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         # Gradients of other graphs must not be added to.
@@ -153,7 +158,7 @@ class Trainer:
         return scaled_queries(self.model, self.factor)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.options.mixed_precision == "no":
+        if self.options.mixed_precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -169,8 +174,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""
-        if self.stream is not None:
-            torch.cuda.synchronize(self.device)
+        self.wait()
         random = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "random": random}
 
@@ -275,7 +279,7 @@ def train(
         done = trainer.steps(limit)
         if began is None:
             # What the first steps compile is not training time, nor are later captures.
-            began, prepared = time.monotonic(), trainer.captured
+            began, prepared = time.monotonic(), trainer.captured + trainer.aside
         before = progress.step
         progress.step += done
         if progress.step <= options.warmup_steps:
@@ -285,7 +289,7 @@ def train(
         if not (crossed or finished):
             continue
         loss, exact, norm = (value / (progress.step - last) for value in trainer.read())
-        progress.seconds = base + time.monotonic() - began - (trainer.captured - prepared)
+        progress.seconds = base + time.monotonic() - began - (trainer.captured + trainer.aside - prepared)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss is {loss} between steps {last} and {progress.step}")
         line = {

@@ -120,6 +120,7 @@ def test_a_saved_model_is_measured_and_trained_on(trained, tmp_path):
     ("changes", "words"),
     [
         ({"hidden_size": 64}, ["hidden_size", "32", "64"]),
+        ({"architecture": "gemma2"}, ["model_type", "llama", "gemma2"]),
         ({"attn_implementation": "entmax"}, ["preset", "asentmax", "entmax"]),
         ({"sparse_attention": {"position_encoding": "nope"}}, ["position_encoding", "nape", "nope"]),
         ({"task": "copy"}, ["vocab_size", "20", "36"]),
@@ -157,12 +158,12 @@ def test_one_forward_pass_decides_as_generation_does(preset, tmp_path):
     assert 0 < right < 48
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 @pytest.mark.parametrize("encoding", ["nape", "model"])
 @pytest.mark.parametrize("preset", ["softmax", "ssmax", "entmax", "asentmax"])
-def test_the_step_computes_what_the_model_computes(preset, encoding):
-    task_options = options(
-        task="sort", attn_implementation=preset, sparse_attention={"position_encoding": encoding}, layers=2
-    )[0]
+def test_the_step_computes_what_the_model_computes(preset, encoding, architecture):
+    attention = {"attn_implementation": preset, "sparse_attention": {"position_encoding": encoding}}
+    task_options = options(task="sort", architecture=architecture, layers=2, **attention)[0]
     model, task = build_model(task_options), task_options.trained_task()
     samples = task.sample(5, (3, 17), torch.Generator().manual_seed(0))
     expected = model(input_ids=samples.input_ids, labels=samples.labels, use_cache=False)
@@ -173,9 +174,14 @@ def test_the_step_computes_what_the_model_computes(preset, encoding):
     assert exact == 0
 
 
+@pytest.mark.parametrize(
+    ("architecture", "norms", "kinds"),
+    [("llama", 5, ("LlamaRMSNorm", "_FusedNorm")), ("gemma2", 9, ("Gemma2RMSNorm", "_FusedGemmaNorm"))],
+    ids=["llama", "gemma2"],
+)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-def test_fused_norms_compute_the_same(autocast):
-    task_options = options(task="sort", layers=2)[0]
+def test_fused_norms_compute_the_same(autocast, architecture, norms, kinds):
+    task_options = options(task="sort", architecture=architecture, layers=2)[0]
     model, task = build_model(task_options), task_options.trained_task()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -194,7 +200,8 @@ def test_fused_norms_compute_the_same(autocast):
     with fused_norms(model):
         inside = [type(module).__name__ for module in model.modules()]
     after = [type(module).__name__ for module in model.modules()]
-    assert (inside.count("_FusedNorm"), after.count("LlamaRMSNorm"), after.count("_FusedNorm")) == (5, 5, 0)
+    own, fused = kinds
+    assert (inside.count(fused), after.count(own), after.count(fused)) == (norms, norms, 0)
 
 
 def test_initial_embeddings_have_the_range_that_is_asked_for():
@@ -385,10 +392,13 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"train_task_options": {"alphabet": 9}}, ["train_task_options", "vocabulary"]),
         ({"attn_implementation": "sdpa"}, ["attn_implementation", "sdpa", "asentmax"]),
         ({"sparse_attention": {"position_encodin": "nape"}}, ["position_encodin", "position_encoding"]),
+        ({"architecture": "gemma"}, ["architecture", "gemma2"]),
         ({"hidden_size": 36, "heads": 8}, ["hidden_size", "36"]),
         ({"max_steps": None}, ["max_steps", "max_seconds"]),
         ({"train_lengths": [9, 4]}, ["train_lengths"]),
-        ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16"]),
+        ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16-true"]),
+        ({"validation_multiple": -1.0}, ["validation_multiple", "-1.0"]),
+        ({"validation_samples": 0}, ["validation_samples", "0"]),
         ({"curriculum": 1.5}, ["curriculum", "1.5"]),
         ({"stages": {"alphabet": 9}}, ["stages", "list"]),
         ({"stages": {"steps": [1, 2], "alphabet": [16]}}, ["stages", "list"]),
