@@ -18,6 +18,8 @@ from .positions import alibi_slopes
 
 _LENGTH_SCALE = "sparse_length_scale"
 _PACKED_CACHE = "_sparse_attention_packed"
+# As layers call it: from transformers 5.24 on, before, and in GPT-NeoX.
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 # Keywords that models pass along to the attention function and that change nothing it computes.
 _IRRELEVANT = frozenset(
@@ -82,7 +84,7 @@ def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | Non
 
 def _refuse_packed_cache(module: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> None:
     """Stop before tokens are added to a cache that holds packed documents: its boundaries are not kept."""
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     if cache is None or module.layer_idx != 0 or torch.compiler.is_compiling():
         return
     mask = kwargs.get("attention_mask")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
@@ -213,20 +213,15 @@ def _init_continuous_batching(original: Callable, self: PreTrainedModel, *args: 
     return original(self, *args, **kwargs)
 
 
-def _preprocess_mask_arguments(
-    original: Callable,
-    config: PreTrainedConfig,
-    inputs_embeds: Tensor,
-    attention_mask: Any,
-    past_key_values: Any,
-    position_ids: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple:
+def _preprocess_mask_arguments(original: Callable, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> tuple:
     """Packed documents need no mask of length x length: attention reads their boundaries from the position ids."""
     if config._attn_implementation in PRESETS:
-        position_ids = None
+        # The fifth argument; the one before it has another name in newer releases.
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = None
+        else:
+            args = (*args[:3], None, *args[4:])
         if torch.compiler.is_compiling() and config.sparse_attention is not None:
             # Read before the layers: torch cannot share a number that changes between graphs of checkpointed layers.
             SparseAttentionConfig(**config.sparse_attention)
-    return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+    return original(config, *args, **kwargs)

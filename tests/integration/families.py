@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -27,6 +29,8 @@ from transformers import (
 import hf_sparse_attention  # noqa: F401 - registers the presets
 
 VOCAB = 61
+# What models call a cache of keys and values: the first from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,

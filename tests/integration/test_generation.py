@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from families import VOCAB, alone, prompts, tiny_model
+from families import CACHE, VOCAB, alone, prompts, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
 
@@ -64,10 +64,10 @@ def test_compiled_decode_on_a_static_cache(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = alone(model, torch.cat([row, row]))
     with torch.no_grad():
-        model(row[None], past_key_values=cache, position_ids=torch.arange(6)[None])
+        model(row[None], **{CACHE: cache}, position_ids=torch.arange(6)[None])
         for step, token in enumerate(row):
             positions = torch.tensor([[6 + step]])
-            logits = compiled(token.view(1, 1), past_key_values=cache, position_ids=positions).logits[0, 0]
+            logits = compiled(token.view(1, 1), **{CACHE: cache}, position_ids=positions).logits[0, 0]
             torch.testing.assert_close(logits, expected[6 + step], atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, alone, assert_same, packed, padded, prompts, tiny_model
+from families import CACHE, FAMILIES, alone, assert_same, packed, padded, prompts, tiny_model
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from hf_sparse_attention import PRESETS
@@ -66,7 +66,7 @@ def check_caches(model):
                 cache, logits, seen = make(), [], 0
                 for chunk in row.split(sizes):
                     positions = torch.arange(seen, seen + len(chunk))[None]
-                    logits.append(model(chunk[None], past_key_values=cache, position_ids=positions).logits[0])
+                    logits.append(model(chunk[None], **{CACHE: cache}, position_ids=positions).logits[0])
                     seen += len(chunk)
                 assert_same(torch.cat(logits), expected, f"{cache_name} cache, {split_name}")
 
@@ -108,10 +108,10 @@ def test_padding_between_prompt_and_new_tokens(position):
     ids, mask = padded(rows, "right")
     new = prompts(3, 3)
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).past_key_values
+        cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))[CACHE]
         mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
         positions = (mask.cumsum(-1) - 1)[:, -3:]
-        logits = model(torch.stack(new), attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        logits = model(torch.stack(new), attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
     for row in range(2):
         expected = alone(model, torch.cat([rows[row], new[row]]))[-3:]
         assert_same(logits[row], expected, f"row {row}")
@@ -174,11 +174,9 @@ def test_tree_mask_is_not_cut_at_position_restarts():
     visible[7:, 5:7] = False
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        logits = model(ids, attention_mask=visible[None, None], position_ids=positions, past_key_values=cache).logits[
-            0
-        ]
+        logits = model(ids, attention_mask=visible[None, None], position_ids=positions, **{CACHE: cache}).logits[0]
         assert_same(logits[7:], alone(model, torch.cat([prefix, second]))[-2:], "second branch")
         # Another token of the first branch, after the second was rejected.
         cache.crop(-2)
-        logits = model(prefix[None, :1], position_ids=torch.tensor([[7]]), past_key_values=cache).logits[0]
+        logits = model(prefix[None, :1], position_ids=torch.tensor([[7]]), **{CACHE: cache}).logits[0]
     assert_same(logits, alone(model, torch.cat([prefix, first, prefix[:1]]))[-1:], "going on with the first branch")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import alone, prompts, tiny_model
+from families import CACHE, alone, prompts, tiny_model
 from optimum.quanto.library.extensions import cpp
 from test_generation import greedy
 from torch import nn
@@ -69,7 +69,7 @@ def test_finely_quantized_cache_changes_nothing(model):
     (row,) = prompts(7)
     expected = greedy(model, row, 9)
     cache = Cache(layers=[RoundedLayer(1e-4) for _ in model.model.layers])
-    assert model.generate(row[None], max_new_tokens=9, do_sample=False, past_key_values=cache)[0].tolist() == expected
+    assert model.generate(row[None], max_new_tokens=9, do_sample=False, **{CACHE: cache})[0].tolist() == expected
     assert cache.get_seq_length() == 15
     assert cache.layers[0]._quantized_keys.shape[-2] > 7
 
@@ -101,7 +101,7 @@ def test_quanto_cache_gives_what_stock_attention_gives(tmp_path, bits):
     for each in (model, stock):
         cache = quanto_cache(each, bits)
         with torch.no_grad():
-            chunks = [each(chunk, past_key_values=cache).logits for chunk in ids.split([4, 1, 1, 3, 1, 1, 1], dim=1)]
+            chunks = [each(chunk, **{CACHE: cache}).logits for chunk in ids.split([4, 1, 1, 3, 1, 1, 1], dim=1)]
         logits.append(torch.cat(chunks, dim=1))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits[0], model(ids).logits, atol=1e-2)
@@ -112,7 +112,7 @@ def test_generation_with_a_quanto_cache(model):
     cache, tokens = quanto_cache(model, 4), [row]
     with torch.no_grad():
         for _ in range(8):
-            tokens.append(model(tokens[-1][None], past_key_values=cache).logits[0, -1:].argmax(-1))
+            tokens.append(model(tokens[-1][None], **{CACHE: cache}).logits[0, -1:].argmax(-1))
     generated = model.generate(
         row[None],
         max_new_tokens=8,

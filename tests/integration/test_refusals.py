@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import packed, prompts, tiny_config, tiny_model
+from families import CACHE, packed, prompts, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -78,12 +78,12 @@ def test_going_on_from_a_packed_cache(boundaries, padding):
     position = 4 if boundaries == "position_ids" else 9
     new = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": torch.tensor([[position]])}
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache, **given)
+        model(ids, attention_mask=mask, **{CACHE: cache}, **given)
         with pytest.raises(ValueError, match="cache was filled from a row of packed documents"):
-            model(torch.tensor([[7]]), past_key_values=cache, **new)
+            model(torch.tensor([[7]]), **{CACHE: cache}, **new)
         # Your own mask can say what the cache does not.
         own = (torch.arange(10) >= 5)[None, None, None]
-        logits = model(torch.tensor([[7]]), past_key_values=cache, **{**new, "attention_mask": own}).logits[0]
+        logits = model(torch.tensor([[7]]), **{CACHE: cache}, **{**new, "attention_mask": own}).logits[0]
         document = torch.cat([ids[0, 5:], torch.tensor([7])])
         torch.testing.assert_close(logits[-1], model(document[None]).logits[0, -1], atol=1e-4, rtol=1e-4)
 
@@ -93,10 +93,10 @@ def test_a_cache_that_was_emptied_is_as_good_as_new():
     ids, positions = packed(prompts(5, 4))
     cache = StaticCache(config=model.config, max_cache_len=12)
     with torch.no_grad():
-        model(ids, position_ids=positions, past_key_values=cache)
+        model(ids, position_ids=positions, **{CACHE: cache})
         cache.reset()
-        model(ids[:, :5], past_key_values=cache)
-        new = model(ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=cache).logits[0, -1]
+        model(ids[:, :5], **{CACHE: cache})
+        new = model(ids[:, 5:6], position_ids=torch.tensor([[5]]), **{CACHE: cache}).logits[0, -1]
         torch.testing.assert_close(new, model(ids[:, :6]).logits[0, -1], atol=1e-4, rtol=1e-4)
 
 
