@@ -152,6 +152,13 @@ class TrainOptions:
             "does not need scores as sharp as they are; 1: no"
         ),
     )
+    start_dropout: float = field(
+        default=0.0,
+        metadata=_help(
+            "share of the training rows that lack the token that begins a row: what queries give to it falls as the "
+            "length grows, so that nothing should depend on how much that is"
+        ),
+    )
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW beta1"))
     adam_beta2: float = field(default=0.99, metadata=_help("AdamW beta2"))
     weight_decay: float = field(default=0.0, metadata=_help("of weights; never of norms, biases and length scale"))
@@ -226,7 +233,7 @@ class TrainOptions:
         _check(0 <= self.validation_multiple < math.inf, "validation_multiple", self.validation_multiple, "at least 0")
         for name in ("warmup_steps", "weight_decay", "scale_lr_multiplier", "save_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact"):
+        for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact", "start_dropout"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         _check(0 < self.query_jitter <= 1, "query_jitter", self.query_jitter, "above 0 and up to 1")
         _check(1 <= self.alpha_start <= 2, "alpha_start", self.alpha_start, "1 to 2")

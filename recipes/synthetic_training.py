@@ -17,7 +17,7 @@ from synthetic_options import TrainOptions
 from transformers import PreTrainedModel
 
 import hf_sparse_attention
-from hf_sparse_attention.data.synthetic import Task
+from hf_sparse_attention.data.synthetic import IGNORED_LABEL, PAD, Samples, Task
 from hf_sparse_attention.data.synthetic.base import uniform_below
 from hf_sparse_attention.training import get_alpha
 
@@ -27,6 +27,15 @@ _EAGER_STEPS = 3
 
 class NonFiniteLoss(RuntimeError):
     """Training cannot go on: the loss is NaN or infinite."""
+
+
+def without_start(samples: Samples, share: float) -> Samples:
+    """The rows, a ``share`` of them without their first token."""
+    if not share:
+        return samples
+    dropped = torch.rand(samples.input_ids.shape[0], 1, device=samples.input_ids.device) < share
+    shifted = (torch.nn.functional.pad(t[:, 1:], (0, 1), value=v) for t, v in zip(samples, (PAD, IGNORED_LABEL)))
+    return Samples(*(torch.where(dropped, other, rows) for rows, other in zip(samples, shifted)))
 
 
 class Trainer:
@@ -137,7 +146,7 @@ class Trainer:
     def _step(self, limit: int) -> None:
         high = self.longest - self.shortest + 1
         lengths = self.shortest + uniform_below(high, (self.options.batch_size,), None)
-        samples = self.task.sample_lengths(lengths, limit)
+        samples = without_start(self.task.sample_lengths(lengths, limit), self.options.start_dropout)
         with fused_norms(self.model), self._jittered(), self._autocast():
             forward = self.compiled if self._is_final(limit) and self.compiled else target_loss
             loss, exact = forward(self.model, *samples, self.task.label_tokens(limit))

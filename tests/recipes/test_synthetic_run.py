@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from synthetic_model import build_model, fused_norms, last_hidden_states, scaled_queries, target_loss
 from synthetic_options import EvalOptions, TaskOptions, TrainOptions
-from synthetic_training import Progress, Trainer, train
+from synthetic_training import Progress, Trainer, train, without_start
 from tiny_run import as_flags
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_sparse_attention.arguments import ArgumentError, parse
+from hf_sparse_attention.data.synthetic import BOS, IGNORED_LABEL, PAD
 from hf_sparse_attention.evaluation import synthetic as evaluation
 from hf_sparse_attention.evaluation.synthetic import LadderOptions, check_generation, measure
 from hf_sparse_attention.training import get_alpha
@@ -400,6 +401,7 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"validation_multiple": -1.0}, ["validation_multiple", "-1.0"]),
         ({"validation_samples": 0}, ["validation_samples", "0"]),
         ({"curriculum": 1.5}, ["curriculum", "1.5"]),
+        ({"start_dropout": -0.5}, ["start_dropout", "-0.5"]),
         ({"stages": {"alphabet": 9}}, ["stages", "list"]),
         ({"stages": {"steps": [1, 2], "alphabet": [16]}}, ["stages", "list"]),
         ({"stages": {"alphabet": [9, 16]}}, ["stages", "vocabulary"]),
@@ -465,6 +467,18 @@ def test_query_jitter_is_for_training_only():
             layer.self_attn.q_proj.weight.mul_(factor[3])
         torch.testing.assert_close(trainer.model(samples.input_ids[3:4]).logits, scaled[3:4], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scaled, plain, atol=1e-4)
+
+
+def test_rows_without_their_start_are_shifted():
+    samples = options(task="copy")[0].trained_task().sample(64, (3, 9), torch.Generator().manual_seed(0))
+    assert without_start(samples, 0.0) is samples
+    rows = without_start(samples, 0.5)
+    dropped = rows.input_ids[:, 0] != BOS
+    assert 16 < dropped.sum() < 48
+    for before, after, filler in zip(samples, rows, (PAD, IGNORED_LABEL)):
+        assert torch.equal(after[~dropped], before[~dropped])
+        assert torch.equal(after[dropped, :-1], before[dropped, 1:])
+        assert (after[dropped, -1] == filler).all()
 
 
 @pytest.mark.gpu
