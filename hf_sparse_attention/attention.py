@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
@@ -18,8 +19,6 @@ from .positions import alibi_slopes
 
 _LENGTH_SCALE = "sparse_length_scale"
 _PACKED_CACHE = "_sparse_attention_packed"
-# As layers call it: from transformers 5.24 on, before, and in GPT-NeoX.
-_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 # Keywords that models pass along to the attention function and that change nothing it computes.
 _IRRELEVANT = frozenset(
@@ -84,8 +83,11 @@ def _without_rotation(module: nn.Module, embeddings: tuple[Tensor, Tensor] | Non
 
 def _refuse_packed_cache(module: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> None:
     """Stop before tokens are added to a cache that holds packed documents: its boundaries are not kept."""
-    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    if cache is None or module.layer_idx != 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or module.layer_idx != 0:
+        return
+    # By its type: what layers call it differs between models and releases.
+    cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+    if cache is None:
         return
     mask = kwargs.get("attention_mask")
     is_packed = getattr(cache, _PACKED_CACHE, False) and cache.get_seq_length() > 0
