@@ -4,9 +4,9 @@
 
 Medians of CUDA events. Inputs of a given share of empty tiles are made of clusters: every 256 keys share a direction,
 and every 256 queries look for the direction of keys they see; the share that results is measured and reported.
-AdaSplash is measured where its package is installed and --adasplash_lengths names the length: it tunes for minutes at
-each new shape. Writes benchmark_attention.json (after every row), .md and .png into output_dir. With --max_seconds no
-measurement is begun after that time; what is left out is recorded.
+AdaSplash is measured where its package is installed, at --adasplash_lengths and --adasplash_head_dims: it tunes for
+minutes at each new shape. Writes benchmark_attention.json (after every row), .md and .png into output_dir. With
+--max_seconds no measurement is begun after that time; what is left out is recorded.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class BenchmarkArguments:
     flex_lengths: list[int] = field(default_factory=lambda: [16384], metadata={"help": "Lengths with FlexAttention."})
     adasplash_lengths: list[int] = field(default_factory=list, metadata={"help": "Lengths with AdaSplash."})
     adasplash_versions: list[int] = field(default_factory=lambda: [2], metadata={"help": "Versions: 1, 2."})
+    adasplash_head_dims: list[int] = field(default_factory=lambda: [64, 128], metadata={"help": "Sizes of its heads."})
     sections: list[str] = field(
         default_factory=lambda: ["first_call", "training", "nape", "memory", "decode", "profile"],
         metadata={"help": "What to measure: first_call, training, nape, memory, decode, profile."},
@@ -259,6 +260,7 @@ def training(args: BenchmarkArguments) -> Iterator[Case]:
         known = contestants(args, length)
         for key_heads, dim, empty in shapes:
             names = [n for n in known if key_heads == heads or n == OURS or "SDPA" in n]
+            names = [n for n in names if dim in args.adasplash_head_dims or "AdaSplash" not in n]
             case = {"length": length, "batch": batch, "heads": heads, "key_heads": key_heads, "head_dim": dim}
             yield from training_cases(args, {n: known[n] for n in names}, case, empty)
 

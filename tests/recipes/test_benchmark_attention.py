@@ -151,3 +151,14 @@ def test_sizes_bound_by_the_host(benchmark, monkeypatch, tmp_path, skip):
     grouped = [row["contestant"] for row in rows if row["key_heads"] == 4]
     assert grouped == ["ours (entmax 1.5)", "SDPA cuDNN (softmax)", "SDPA FlashAttention-2 (softmax)"]
     assert all(row["empty_measured"] == 0.25 and row["head_dim"] in (64, 128) for row in rows)
+
+
+def test_shapes_with_adasplash(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "adasplash", lambda version: None)
+    options = ["--lengths", "16384", "--empty", "0", "--flex_lengths", "7", "--sections", "training"]
+    options += ["--adasplash_lengths", "16384", "--adasplash_head_dims", "64", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark_attention.py", *options])
+    benchmark.main()
+    rows = json.loads((tmp_path / "benchmark_attention.json").read_text())["training"]
+    assert [row["head_dim"] for row in rows if "AdaSplash" in row["contestant"]] == [64]
+    assert {row["head_dim"] for row in rows} == {64, 128}
