@@ -142,7 +142,7 @@ def check_same_model(fields: Mapping[str, Any], saved: Mapping[str, Any], checkp
         if fields[name] != saved[name]
     ]
     if differing:
-        raise ArgumentError(f"{', '.join(differing)} as in {checkpoint}: a run goes on with the model it began with")
+        raise ArgumentError(f"{', '.join(differing)} as in {checkpoint}: a run goes on as it began")
 
 
 def training_rows(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -69,10 +70,10 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
     tasks = options.all_stages(task_options.trained_tasks())
     try:
         task.check_length(low)
-        for multiple in (*eval_options.multiples, options.validation_multiple or 1):
+        for multiple in eval_options.multiples:
             task_options.evaluated_task().check_length(round(high * multiple))
     except ValueError as error:
-        raise ArgumentError(f"train_lengths, multiples, validation_multiple: {error}") from error
+        raise ArgumentError(f"train_lengths, multiples: {error}") from error
     output = Path(options.output_dir)
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
@@ -88,11 +89,10 @@ def run(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOpti
             (output / "metrics.jsonl").unlink()
         set_seed(options.seed)
         model = build_model(task_options).to(device)
-        if options.mixed_precision == "bf16-true":
-            model.to(torch.bfloat16)
         trainer, progress = Trainer(model, tasks, options, device), Progress(options)
-        alpha, fields = get_alpha(model), model_fields(model, task_options)
         selection = make_selection(task_options, options, eval_options)
+        alpha = get_alpha(model)
+        fields = {**model_fields(model, task_options), "validation": selection and selection.describe()}
         if checkpoint is not None:
             restore(checkpoint, trainer, selection, progress, fields, output)
         settings = {**vars(task_options), **vars(options), **vars(eval_options)}
@@ -154,7 +154,7 @@ def train_and_measure(
         replace_files(output, lambda folder: write_json(folder / "results.json", content))
 
     (output / "metrics.jsonl").touch()
-    shown = -10.0
+    shown, before = -10.0, progress.step
     with StopSignals(None) as stop:
         try:
             for line in train(trainer, progress, output / "metrics.jsonl", stop, alpha):
@@ -166,11 +166,13 @@ def train_and_measure(
                         f"loss {line['loss']:.4f}, exact {line['exact_match']:.1%}, longest {line['longest']}{stage}",
                         flush=True,
                     )
-                if selection is not None and is_due(line["step"], options.validation_steps, options):
+                reached = math.isclose(get_alpha(model), alpha)
+                if selection is not None and reached and crossed(before, line["step"], options.validation_steps):
                     exact, tokens = selection.look(trainer, line["step"])
                     print(f"{selection.length:,} tokens: exact {exact:.1%}, tokens {tokens:.2%}", flush=True)
-                if options.save_steps and is_due(line["step"], options.save_steps, options):
+                if options.save_steps and crossed(before, line["step"], options.save_steps):
                     save_state()
+                before = line["step"]
         except NonFiniteLoss as error:
             write(f"stopped: {error}")
             hint = "try a lower learning_rate, more warmup_steps or a lower max_grad_norm"
@@ -201,24 +203,26 @@ def train_and_measure(
     return None
 
 
-def is_due(step: int, every: int, options: TrainOptions) -> bool:
-    """Whether a multiple of ``every`` was passed since the line of the log before that of ``step``."""
-    return step % every < options.logging_steps
+def crossed(before: int, step: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies after ``before``, up to ``step``."""
+    return before // every < step // every
 
 
 def make_selection(task_options: TaskOptions, options: TrainOptions, eval_options: EvalOptions) -> Selection | None:
     """Looks at a longer length during training, if asked for."""
     if not options.validation_multiple:
         return None
-    task = task_options.evaluated_task()
+    task = task_options.validated_task()
+    length = round(options.lengths(task)[1] * options.validation_multiple)
     ladder = LadderOptions(
         samples=options.validation_samples,
+        full_length=length,
         batch_tokens=eval_options.batch_tokens,
         # The tests have the seeds eval_seed and, for what they generate, the next one.
         seed=eval_options.eval_seed + 2,
         dtype=autocast_dtype(options),
     )
-    return Selection(task, round(options.lengths(task)[1] * options.validation_multiple), ladder)
+    return Selection(task, length, ladder)
 
 
 def autocast_dtype(options: TrainOptions) -> torch.dtype | None:

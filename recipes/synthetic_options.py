@@ -11,7 +11,7 @@ from hf_sparse_attention.config import PRESETS, SparseAttentionConfig
 from hf_sparse_attention.data.synthetic import TASKS, Task, make_task
 
 ARCHITECTURES = ("llama", "gemma2")
-PRECISIONS = ("bf16", "bf16-true", "no")
+PRECISIONS = ("bf16", "no")
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
@@ -117,10 +117,17 @@ class TaskOptions:
         ]
 
     def evaluated_task(self) -> Task:
+        return self._with_own_words(1)
+
+    def validated_task(self) -> Task:
+        """As the evaluated one, with rows of none of its words."""
+        return self._with_own_words(2)
+
+    def _with_own_words(self, pool_seed: int) -> Task:
+        """As in the paper, whose test rows of associative recall have words of their own."""
         options = dict(self.task_options or {})
         if self.task == "mqmtar":
-            # As in the paper, whose test rows have words of their own.
-            options.setdefault("pool_seed", 1)
+            options.setdefault("pool_seed", pool_seed)
         return make_task(self.task, **options)
 
 
@@ -181,12 +188,7 @@ class TrainOptions:
         default=0.0, metadata=_help("share of the training in which alpha moves to its configured value")
     )
     alpha_stages: int = field(default=8, metadata=_help("steps in which it does: a captured graph has one alpha"))
-    mixed_precision: str = field(
-        default="bf16",
-        metadata=_help(
-            "bf16 (autocast; weights stay float32), bf16-true (weights and optimizer too, as the paper) or no"
-        ),
-    )
+    mixed_precision: str = field(default="bf16", metadata=_help("bf16 (autocast; weights stay float32) or no"))
     cuda_graph: bool = field(default=True, metadata=_help("capture the step in a CUDA graph; no effect on the CPU"))
     compile: bool = field(
         default=False,
@@ -203,11 +205,13 @@ class TrainOptions:
     validation_multiple: float = field(
         default=0.0,
         metadata=_help(
-            "keep the weights that solve the most rows at this multiple of the longest training source, of those with "
-            "equal numbers the later ones; 0: keep the last"
+            "keep the weights that solve the most rows at this multiple of the longest training source, of those the "
+            "ones with the most tokens right, then the later ones; 0: keep the last. Not before alpha is reached"
         ),
     )
-    validation_steps: int = field(default=1000, metadata=_help("steps between two looks at that length"))
+    validation_steps: int = field(
+        default=1000, metadata=_help("steps between two looks at that length, which come with a line of the log")
+    )
     validation_samples: int = field(default=500, metadata=_help("rows that are looked at; none is a test row"))
     save_steps: int = field(default=0, metadata=_help("steps between two checkpoints; 0: only when a signal stops it"))
     resume: str | None = field(default=None, metadata=_help("latest: go on with the run in output_dir"))
@@ -230,11 +234,14 @@ class TrainOptions:
         for name in ("max_seconds", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, value, "above 0")
-        _check(0 <= self.validation_multiple < math.inf, "validation_multiple", self.validation_multiple, "at least 0")
+        multiple = self.validation_multiple
+        _check(multiple == 0 or 1 <= multiple < math.inf, "validation_multiple", multiple, "0, and 1 or more")
         for name in ("warmup_steps", "weight_decay", "scale_lr_multiplier", "save_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact", "start_dropout"):
+        for name in ("final_learning_rate", "curriculum", "alpha_share", "stage_exact"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        # Rows that are measured have the token.
+        _check(0 <= self.start_dropout < 1, "start_dropout", self.start_dropout, "from 0 up to, not including, 1")
         _check(0 < self.query_jitter <= 1, "query_jitter", self.query_jitter, "above 0 and up to 1")
         _check(1 <= self.alpha_start <= 2, "alpha_start", self.alpha_start, "1 to 2")
         _check(self.mixed_precision in PRECISIONS, "mixed_precision", self.mixed_precision, ", ".join(PRECISIONS))

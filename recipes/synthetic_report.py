@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,18 @@ from hf_sparse_attention.runs import replace_files
 
 CARD_TEMPLATE = TEMPLATE.with_name("synthetic_card_template.md")
 _ENCODINGS = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
-# Settings without which runs are seeds of the same training.
-_COMPARED = [
-    option.name
-    for option in dataclasses.fields(TaskOptions) + dataclasses.fields(TrainOptions)
-    if option.name not in ("output_dir", "seed", "resume", "logging_steps", "save_steps", "cuda_graph", "compile")
-]
+_DEFAULTS = {option.name: option.default for option in (*fields(TaskOptions), *fields(TrainOptions))}
+# Runs that differ in these alone are seeds of the same training.
+_NOT_COMPARED = {
+    "output_dir", "seed", "resume", "logging_steps", "save_steps", "cuda_graph", "compile", "validation_steps",
+    "validation_samples",
+}  # fmt: skip
+_COMPARED = [name for name in _DEFAULTS if name not in _NOT_COMPARED]
+# Options of TrainOptions that a card has under a name of its own.
+_IN_CARD = {
+    "batch_size", "max_steps", "max_seconds", "learning_rate", "warmup_steps", "mixed_precision", "train_lengths",
+    "validation_multiple",
+}  # fmt: skip
 _NAMES = {"asentmax": "ASEntmax", "entmax": "Entmax", "ssmax": "SSMax", "softmax": "Softmax", "topk": "Top-k"}
 
 
@@ -72,17 +78,35 @@ def synthetic_card(config: PreTrainedConfig, results: Mapping[str, Any], output:
             "source tokens": f"{results['train_lengths'][0]} to {results['train_lengths'][1]}",
             "samples": f"{training['samples']:,}",
             "steps": training["steps"],
+            **_kept(training),
             "batch": settings["batch_size"],
             "seconds": training["seconds"],
             "learning rate": settings["learning_rate"],
             "warmup steps": settings["warmup_steps"],
             "mixed precision": settings["mixed_precision"],
+            **_unusual(settings),
             "seed": settings["seed"],
             "device": results["run"]["device"],
             "command": f"`{results['run']['command']}`",
             **versions,
         },
     )
+
+
+def _kept(training: Mapping[str, Any]) -> dict[str, str]:
+    """Which weights these are, where not the last."""
+    selection = training.get("selection")
+    return {"weights": f"of step {selection['kept_step']}, best at {selection['length']} tokens"} if selection else {}
+
+
+def _unusual(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the training is not the default."""
+    names = [option.name for option in fields(TrainOptions) if option.name not in _NOT_COMPARED | _IN_CARD]
+    return {
+        name.replace("_", " "): settings[name]
+        for name in names
+        if settings.get(name, _DEFAULTS[name]) != _DEFAULTS[name]
+    }
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -100,7 +124,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     """Runs by task and then by variant; where runs of a variant were trained differently, their names say how.
 
-    Where they differ in more than two settings, each goes by its folder.
+    Where they differ in more than two settings, or in one that is a mapping, each goes by its folder.
     """
     same: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -108,16 +132,25 @@ def by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Ma
     grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for (task, variant), members in same.items():
         differing = [name for name in _COMPARED if len({repr(_setting(run, name)) for run in members}) > 1]
+        values = [_setting(run, name) for run in members for name in differing]
+        brief = len(differing) <= 2 and not any(isinstance(value, Mapping) for value in values)
         for run in members:
-            details = [f"{name} {_setting(run, name)}" for name in differing]
-            name = ", ".join([variant, *(details if len(details) <= 2 else [run["name"]])])
+            details = [f"{name} {_setting(run, name)}" for name in differing] if brief else [run["name"]]
+            name = ", ".join([variant, *details])
             grouped.setdefault(task, {}).setdefault(name, []).append(run)
     return grouped
 
 
 def _setting(run: Mapping[str, Any], name: str) -> Any:
-    """A setting of a run; None for one that is newer than the run."""
-    return run["run"]["settings"].get(name)
+    """A setting of a run, the default of one that is newer than the run."""
+    return run["run"]["settings"].get(name, _DEFAULTS[name])
+
+
+def samples_seen(run: Mapping[str, Any]) -> int:
+    """By the weights that are kept."""
+    training = run["training"]
+    kept = training.get("selection", {}).get("kept_step")
+    return training["samples"] if kept is None else kept * run["run"]["settings"]["batch_size"]
 
 
 def cells_of(run: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
@@ -143,7 +176,7 @@ def make_table(variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for multiple in multiples:
             values = [value for run in runs if (value := exact_at(run, multiple)) is not None]
             row.append(" / ".join(f"{100 * value:.1f}" for value in values) or "-")
-        samples = sum(run["training"]["samples"] for run in runs) / len(runs)
+        samples = sum(map(samples_seen, runs)) / len(runs)
         failed = [run["status"] for run in runs if run["status"].startswith("stopped")]
         rows.append([name, str(len(runs)), f"{samples / 1e6:.2f}M", *row, "; ".join(failed)])
     header = ["exact match, %", "seeds", "samples seen", *(f"{multiple:g}x" for multiple in multiples), ""]

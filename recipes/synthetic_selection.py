@@ -63,8 +63,12 @@ class Selection:
 
     def apply(self, model: torch.nn.Module) -> None:
         """Give the model the weights that are kept."""
-        if self.step is not None:
-            model.load_state_dict(self.weights)
+        model.load_state_dict(self.weights)
+
+    def describe(self) -> dict[str, Any]:
+        """What makes two looks comparable, as JSON values."""
+        ladder = self.ladder
+        return {"length": self.length, "samples": ladder.samples, "seed": ladder.seed, "dtype": str(ladder.dtype)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": self.curve, "step": self.step, "weights": self.weights}

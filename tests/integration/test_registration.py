@@ -1,5 +1,6 @@
 """Importing the package: idempotent, invisible to models that do not ask for a preset, enforced on reload."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 from families import alone, prompts, tiny_config, tiny_model
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_sparse_attention
@@ -55,6 +56,20 @@ def without_the_package(tmp_path_factory):
         text=True,
     )
     return torch.load(folder / "results.pt", weights_only=True), process
+
+
+@pytest.mark.parametrize("by_keyword", [False, True], ids=["by position", "by keyword"])
+@pytest.mark.parametrize("preset", ["asentmax", "sdpa"])
+def test_packed_documents_need_no_dense_mask(preset, by_keyword):
+    """Models differ in how they hand the positions to what would make one."""
+    config = tiny_config()
+    config._attn_implementation = preset
+    hidden, positions = torch.zeros(1, 6, 48), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    arguments = (config, hidden, None, None, positions, None)
+    preprocess = masking_utils._preprocess_mask_arguments
+    names = list(inspect.signature(preprocess).parameters)
+    documents = (preprocess(**dict(zip(names, arguments))) if by_keyword else preprocess(*arguments))[2]
+    assert documents is None if preset == "asentmax" else documents.tolist() == [[0, 0, 0, 1, 1, 1]]
 
 
 def test_importing_twice_is_harmless():

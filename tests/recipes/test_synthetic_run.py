@@ -397,11 +397,13 @@ def test_learning_rate_by_steps_and_by_the_clock():
         ({"hidden_size": 36, "heads": 8}, ["hidden_size", "36"]),
         ({"max_steps": None}, ["max_steps", "max_seconds"]),
         ({"train_lengths": [9, 4]}, ["train_lengths"]),
-        ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16-true"]),
+        ({"mixed_precision": "fp16"}, ["mixed_precision", "bf16"]),
         ({"validation_multiple": -1.0}, ["validation_multiple", "-1.0"]),
+        ({"validation_multiple": 0.5}, ["validation_multiple", "0.5"]),
         ({"validation_samples": 0}, ["validation_samples", "0"]),
         ({"curriculum": 1.5}, ["curriculum", "1.5"]),
         ({"start_dropout": -0.5}, ["start_dropout", "-0.5"]),
+        ({"start_dropout": 1.0}, ["start_dropout", "1.0"]),
         ({"stages": {"alphabet": 9}}, ["stages", "list"]),
         ({"stages": {"steps": [1, 2], "alphabet": [16]}}, ["stages", "list"]),
         ({"stages": {"alphabet": [9, 16]}}, ["stages", "vocabulary"]),
@@ -479,6 +481,22 @@ def test_rows_without_their_start_are_shifted():
         assert torch.equal(after[~dropped], before[~dropped])
         assert torch.equal(after[dropped, :-1], before[dropped, 1:])
         assert (after[dropped, -1] == filler).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_steps_are_of_rows_without_their_start(share, monkeypatch):
+    begun = []
+
+    def loss(model, input_ids, labels, count):
+        begun.append((input_ids[:, 0] == BOS).float().mean().item())
+        return target_loss(model, input_ids, labels, count)
+
+    monkeypatch.setattr("synthetic_training.target_loss", loss)
+    task_options, train_options, _ = options(start_dropout=share)
+    trainer = Trainer(build_model(task_options), task_options.trained_task(), train_options, torch.device("cpu"))
+    trainer.set_lengths(4, 12)
+    trainer.steps(12)
+    assert begun == [1.0] if share == 0 else 0.2 < begun[0] < 0.8
 
 
 @pytest.mark.gpu

@@ -1,18 +1,22 @@
 """synthetic.py keeps the weights that do best at a longer length, and trains in the precision it is asked for."""
 
+import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import synthetic
 import torch
 from safetensors.torch import load_file
 from synthetic_model import build_model
+from synthetic_report import samples_seen
 from synthetic_selection import Selection
-from synthetic_training import Trainer
+from synthetic_training import Progress, Trainer, train
 from test_synthetic_run import options, run
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.evaluation.synthetic import Cell, LadderOptions, measure
+from hf_sparse_attention.training import get_alpha
 
 CHANGES = {"max_steps": 120, "logging_steps": 20, "validation_multiple": 2, "validation_steps": 40}
 
@@ -89,6 +93,62 @@ def test_the_saved_model_is_the_selected_one(tmp_path):
     assert (again.exact_match, again.token_accuracy) == pairs[best]
 
 
+def test_saved_weights_are_those_of_the_kept_step(tmp_path, monkeypatch):
+    weights = {}
+    for kept, scores in ((40, [(1.0, 1.0), (0.5, 1.0), (0.5, 1.0)]), (120, [(0.5, 1.0), (0.5, 1.0), (1.0, 1.0)])):
+        scripted(monkeypatch, scores)
+        output = tmp_path / str(kept)
+        results = run(output, **CHANGES, samples=0)
+        assert results["training"]["selection"]["kept_step"] == kept
+        weights[kept] = load_file(output / "model.safetensors")["lm_head.weight"]
+        assert f"of step {kept}, best at 24 tokens" in (output / "README.md").read_text(encoding="utf-8")
+        assert samples_seen(results) == kept * 64
+    assert not torch.allclose(weights[40], weights[120], atol=1e-3)
+    short = run(tmp_path / "short", **{**CHANGES, "validation_multiple": 0}, samples=0, max_seconds=None)
+    assert torch.equal(load_file(tmp_path / "short" / "model.safetensors")["lm_head.weight"], weights[120])
+    assert "selection" not in short["training"]
+
+
+def test_no_look_before_alpha_is_what_it_will_be(tmp_path, monkeypatch):
+    seen = []
+    look = Selection.look
+    monkeypatch.setattr(
+        Selection,
+        "look",
+        lambda self, trainer, step: (seen.append(get_alpha(trainer.model)), look(self, trainer, step))[1],
+    )
+    results = run(tmp_path / "ramp", **CHANGES, samples=0, alpha_share=0.5, alpha_stages=4)
+    assert results["training"]["selection"]["step"] == [80, 120]
+    results = run(tmp_path / "to the end", **CHANGES, samples=0, alpha_share=1.0)
+    assert results["training"]["selection"]["step"] == [120]
+    assert seen == [1.5] * 3
+
+
+def test_every_row_of_a_long_look_is_drawn(tmp_path):
+    task_options, train_options, eval_options = options(validation_multiple=1000, validation_samples=70)
+    ladder = synthetic.make_selection(task_options, train_options, eval_options).ladder
+    assert ladder.count(12000) == 70
+
+
+def test_words_of_a_look_are_none_of_the_test():
+    task_options, _, _ = options(task="mqmtar", task_options={"words": 50}, train_lengths=[16, 32])
+    seeds = {task.pool_seed for task in (task_options.trained_task(), task_options.evaluated_task())}
+    assert task_options.validated_task().pool_seed not in seeds
+
+
+@pytest.mark.parametrize(
+    "changes", [{"validation_multiple": 3}, {"validation_multiple": 0}, {"validation_samples": 7}], ids=str
+)
+def test_a_run_goes_on_with_comparable_looks_only(tmp_path, capsys, changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "evaluate", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "cut", **CHANGES, samples=0)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cut", **{**CHANGES, **changes}, samples=0, resume="latest")
+    assert "validation is" in capsys.readouterr().err
+
+
 def test_a_resumed_run_knows_what_it_has_seen(tmp_path):
     whole = run(tmp_path / "whole", **CHANGES, samples=0)
     with pytest.MonkeyPatch.context() as patch:
@@ -101,15 +161,11 @@ def test_a_resumed_run_knows_what_it_has_seen(tmp_path):
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
 
 
-def test_weights_are_trained_in_bfloat16(tmp_path):
-    results = run(tmp_path / "out", mixed_precision="bf16-true", max_steps=200)
-    assert results["training"]["curve"]["loss"][-1] < 1 < results["training"]["curve"]["loss"][0]
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
-
-
-def test_a_validation_length_below_the_task_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tmp_path / "out", task="mqmtar", train_lengths=[8, 16], validation_multiple=0.1)
-    assert "validation_multiple" in capsys.readouterr().err
+def test_time_of_looks_is_not_that_of_the_training(tmp_path):
+    trainer = trainer_of(max_steps=20, logging_steps=5)
+    seconds = []
+    for line in train(trainer, Progress(trainer.options), tmp_path / "log", SimpleNamespace(number=None)):
+        seconds.append(line["seconds"])
+        trainer.aside += 1000.0
+    assert seconds[0] > -1
+    assert all(later < earlier - 900 for earlier, later in itertools.pairwise(seconds))
