@@ -56,7 +56,7 @@ def test_suites(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (options,) = parse(suite.SuiteOptions, argv=[str(path)])
     runs = suite.list_runs(options)
-    assert len(runs) == len(options.tasks) * len(options.variants)
+    assert len(runs) == len(options.tasks) * len(options.variants) * len(options.seeds)
     if path.stem == "suite":
         assert len(runs) == 20
         assert {run.name.split("/")[0] for run in runs} == set(PAPER)
@@ -257,12 +257,20 @@ def test_differently_trained_runs_are_not_seeds(tmp_path):
     assert rows == [["ASEntmax (NAPE), batch_size 128", "1"], ["ASEntmax (NAPE), batch_size 512", "2"]]
 
 
-def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
-    committed = ROOT / "model_cards" / "results" / "synthetic"
-    for path in committed.glob("*/results.json"):
-        (tmp_path / path.parent.name).mkdir()
-        (tmp_path / path.parent.name / "results.json").write_bytes(path.read_bytes())
+@pytest.mark.parametrize("folder", ["synthetic", "synthetic_recall", "synthetic_reverse"])
+def test_committed_tables_are_those_of_the_committed_runs(folder, tmp_path):
+    committed = ROOT / "model_cards" / "results" / folder
+    runs = list(committed.glob("**/results.json"))
+    assert len(runs) > 1
+    for path in runs:
+        copy = tmp_path / path.relative_to(committed)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(path.read_bytes())
     assert write_report(tmp_path).strip() == (committed / "synthetic.md").read_text(encoding="utf-8").strip()
+
+
+def test_committed_rows_are_those_of_the_committed_runs():
+    committed = ROOT / "model_cards" / "results" / "synthetic"
     rows = (committed / "README.md").read_text(encoding="utf-8")
     for path in committed.glob("*/results.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
