@@ -1,4 +1,4 @@
-"""synthetic.py keeps the weights that do best at a longer length, and trains in the precision it is asked for."""
+"""synthetic.py keeps the weights that do best at a longer length."""
 
 import itertools
 import sys
@@ -35,6 +35,14 @@ def scripted(monkeypatch, scores):
         return Cell(length, 0, 1, exact, 0.0, 1.0, tokens, 0, 0, 0, 0.0)
 
     monkeypatch.setattr("synthetic_selection.measure", seen)
+
+
+def run_until_measured(output):
+    """A run that is killed as its evaluation begins."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "evaluate", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(output, **CHANGES, samples=0)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ def test_saved_weights_are_those_of_the_kept_step(tmp_path, monkeypatch):
         assert f"of step {kept}, best at 24 tokens" in (output / "README.md").read_text(encoding="utf-8")
         assert samples_seen(results) == kept * 64
     assert not torch.allclose(weights[40], weights[120], atol=1e-3)
-    short = run(tmp_path / "short", **{**CHANGES, "validation_multiple": 0}, samples=0, max_seconds=None)
+    short = run(tmp_path / "short", **{**CHANGES, "validation_multiple": 0}, samples=0)
     assert torch.equal(load_file(tmp_path / "short" / "model.safetensors")["lm_head.weight"], weights[120])
     assert "selection" not in short["training"]
 
@@ -124,7 +132,7 @@ def test_no_look_before_alpha_is_what_it_will_be(tmp_path, monkeypatch):
     assert seen == [1.5] * 3
 
 
-def test_every_row_of_a_long_look_is_drawn(tmp_path):
+def test_every_row_of_a_long_look_is_drawn():
     task_options, train_options, eval_options = options(validation_multiple=1000, validation_samples=70)
     ladder = synthetic.make_selection(task_options, train_options, eval_options).ladder
     assert ladder.count(12000) == 70
@@ -140,10 +148,7 @@ def test_words_of_a_look_are_none_of_the_test():
     "changes", [{"validation_multiple": 3}, {"validation_multiple": 0}, {"validation_samples": 7}], ids=str
 )
 def test_a_run_goes_on_with_comparable_looks_only(tmp_path, capsys, changes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "evaluate", lambda *args: sys.exit("killed"))
-        with pytest.raises(SystemExit):
-            run(tmp_path / "cut", **CHANGES, samples=0)
+    run_until_measured(tmp_path / "cut")
     with pytest.raises(SystemExit):
         run(tmp_path / "cut", **{**CHANGES, **changes}, samples=0, resume="latest")
     assert "validation is" in capsys.readouterr().err
@@ -151,10 +156,7 @@ def test_a_run_goes_on_with_comparable_looks_only(tmp_path, capsys, changes):
 
 def test_a_resumed_run_knows_what_it_has_seen(tmp_path):
     whole = run(tmp_path / "whole", **CHANGES, samples=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "evaluate", lambda *args: sys.exit("killed"))
-        with pytest.raises(SystemExit):
-            run(tmp_path / "cut", **CHANGES, samples=0)
+    run_until_measured(tmp_path / "cut")
     resumed = run(tmp_path / "cut", **CHANGES, samples=0, resume="latest")
     assert resumed["training"]["selection"] == whole["training"]["selection"]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
