@@ -16,6 +16,8 @@ BF16 = torch.bfloat16
 TRAINING: list[tuple[tuple[int, int, int, int, int, int, torch.dtype], dict[str, Any]]] = [
     ((1, 2, 1, 1, 1, 64, BF16), {"is_causal": True}),
     ((2, 4, 2, 131, 131, 64, BF16), {"is_causal": True}),
+    ((2, 2, 1, 100, 200, 128, torch.float16), {"is_causal": True, "slopes": torch.tensor([0.5, 0.1])}),
+    ((1, 2, 1, 70, 70, 32, BF16), {"query_scale": torch.rand(1, 2, 70) + 0.5, "alpha": 1.25}),
     ((1, 2, 2, 333, 517, 80, torch.float16), {"is_causal": True}),
     ((1, 3, 1, 257, 257, 96, torch.float32), {}),
     ((1, 2, 2, 200, 200, 128, BF16), {"is_causal": True, "sliding_window": 37}),

@@ -11,6 +11,7 @@ where ``mean`` is the mean of the values under u. For softmax, ``p = u = exp2(q.
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .threshold import SOFTMAX, positive_part, powers
 from .tiles import (
     ALIGNMENT,
@@ -35,6 +36,7 @@ def weights(x, beta, KIND: tl.constexpr):
         return powers(x, beta, KIND)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
@@ -150,6 +152,7 @@ def query_gradient_kernel(
     )
 
 
+@Launched
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
 def transpose_list_kernel(FLAGS, LIST, COUNT, q_tiles, k_tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Query tiles of each key tile, ascending, from the flags. Grid: (ceil(k_tiles / COLS), batch * q_heads)."""
@@ -171,6 +174,7 @@ def transpose_list_kernel(FLAGS, LIST, COUNT, q_tiles, k_tiles, ROWS: tl.constex
     tl.store(COUNT + bh * k_tiles + key_tile, count, mask=inside)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",

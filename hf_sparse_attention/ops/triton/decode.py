@@ -7,6 +7,7 @@ them; the threshold is solved there; the last kernel skips blocks of values in w
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .solve import MAX_PASSES
 from .threshold import (
     NOTHING,
@@ -26,6 +27,7 @@ BLOCKS_AT_ONCE = tl.constexpr(32)
 CHUNK = tl.constexpr(256)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_range",
@@ -104,6 +106,7 @@ def listed_scores(SCORES, LIST, first, count, slots, BN: tl.constexpr):
     return tl.load(SCORES + block.to(tl.int64) * BN + slots % BN, mask=entry < count, other=float("-inf"))
 
 
+@Launched
 @triton.jit(do_not_specialize=["blocks"])
 def decode_threshold_kernel(
     SCORES, BLOCK_MAX, REFERENCE, OFFSET, LIST, blocks, beta, tolerance,
@@ -162,6 +165,7 @@ def decode_threshold_kernel(
     tl.store(OFFSET + index + tl.arange(0, 1), t)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_vb", "stride_vh", "stride_vn", "k_heads", "rows", "k_len", "blocks", "blocks_per_split", "splits",
@@ -222,6 +226,7 @@ def decode_output_kernel(
     tl.store(PARTIAL + slot[:, None] * DV + dims[None, :], out, mask=mask)
 
 
+@Launched
 @triton.jit(do_not_specialize=["q_heads", "group", "q_len", "k_len", "splits", "stride_range"])
 def decode_combine_kernel(
     PARTIAL, TOTAL, KEY_START, KEY_END, OUT, q_heads, group, q_len, k_len, splits, stride_range,

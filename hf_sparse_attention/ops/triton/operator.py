@@ -19,6 +19,7 @@ from .decode import (
 )
 from .geometry import Geometry, aligned, ceil_div, list_dtype, near, row_stride, strides_of, tokens_first
 from .output import output_kernel
+from .short import short_kernel
 from .softmax import softmax_forward_kernel
 from .solve import solve_kernel
 from .sweep import CHUNK, ROW_GROUP, key_norms_kernel, sweep_kernel
@@ -75,8 +76,9 @@ def forward(
     out = tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
     sparse = kind != SOFTMAX.value
     mean = torch.empty_like(out) if training and sparse else out.new_empty(0)
-    # The sparse kernels hand each other rows and candidates; softmax writes them for the backward only.
-    keep = training or sparse
+    short = sparse and 0 < geometry.k_len <= 2 * tiles.short.columns
+    # The sparse kernels hand each other rows and candidates; one kernel alone writes them for the backward only.
+    keep = training or (sparse and not short)
     rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
     lists = out.new_empty(heads * q_tiles * k_tiles if keep else 0, dtype=list_dtype(q_tiles, k_tiles))
     counts = out.new_empty(heads * q_tiles if keep else 0, dtype=torch.int32)
@@ -109,12 +111,22 @@ def forward(
         )  # fmt: skip
         return out, *(state if training else _no_state(state))
 
+    limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
+    factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
+    if short:
+        short_kernel[(ceil_div(geometry.q_len, tiles.short_rows) * heads,)](
+            query, key, value, query_scale, slopes, *visible, out, mean,
+            scale, reference, offset, inverse, lists, counts, flags,
+            *strides, *ranges, *geometry.sizes()[1:], *factors, limits[query.dtype],
+            KIND=kind, EXACT=geometry.exact, TILE_M=tiles.rows, TILE_N=tiles.columns, BN=tiles.short.columns,
+            **{**values, **common, "BM": tiles.short_rows, "num_warps": tiles.short.warps},
+        )  # fmt: skip
+        return out, *(state if training else _no_state(state))
+
     if scaling < 0 and query_scale is None:
         # The kernels look at signs where queries have scales.
         query_scale = query.new_ones(query.shape[:3])
         common["HAS_SCALE"] = True
-    limits = _SPARSEMAX_TOLERANCE if kind == SPARSEMAX.value else _TOLERANCE
-    factors = (scaling * (alpha - 1.0), alpha - 1.0, 1.0 / (alpha - 1.0))
     norms = None if slopes is None else _key_norms(key, tiles.columns)
     # What the output kernel writes there comes after the solver has read them.
     start, flatness = scale, inverse

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .threshold import UNREACHABLE, positive_part, powers, root
 from .tiles import (
     ALIGNMENT,
@@ -18,6 +19,7 @@ from .tiles import (
 )
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .threshold import NOTHING, UNREACHABLE
 from .tiles import (
     ALIGNMENT,
@@ -19,6 +20,7 @@ from .tiles import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .threshold import (
     ESTIMATED,
     SPARSEMAX,
@@ -20,6 +21,7 @@ from .tiles import head_base, load_query, margin, positions_of, schedule, tile_s
 MAX_PASSES = tl.constexpr(40)
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_range",

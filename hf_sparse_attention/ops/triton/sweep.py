@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import Launched
 from .threshold import (
     NOTHING,
     UNREACHABLE,
@@ -26,6 +27,7 @@ MAXIMA = tl.constexpr(2.0)
 STEEPEST = tl.constexpr(0.9)
 
 
+@Launched
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "heads", "k_len", "tiles"])
 def key_norms_kernel(
     K,
@@ -79,6 +81,7 @@ def alibi_range(NORMS, reach, t_min, slope, pos_min, pos_max, lo_tile, hi_tile, 
     return new_lo, new_hi
 
 
+@Launched
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_range",

@@ -32,7 +32,8 @@ class Launch(NamedTuple):
 class Tiling(NamedTuple):
     """One list serves all kernels: an entry is a tile of ``rows`` queries and ``columns`` keys.
 
-    The gradient of keys and values reads such a tile ``key_rows`` queries at a time.
+    The gradient of keys and values reads such a tile ``key_rows`` queries at a time. Where all keys are no more than
+    twice the columns of ``short``, one kernel computes the forward, ``short_rows`` queries in a program.
     """
 
     rows: int
@@ -43,6 +44,9 @@ class Tiling(NamedTuple):
     output: Launch
     query: Launch
     key: Launch
+    short_rows: int = 0
+    # Without columns: never.
+    short: Launch = Launch(0, 4, 1)
 
 
 def padded(head_dim: int) -> int:
@@ -58,7 +62,7 @@ def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
 @functools.cache
 def _tiling(size: int, dtype: torch.dtype) -> Tiling:
     if INTERPRETED:
-        return Tiling(32, 32, 16, Launch(32, 4, 1), *[Launch(16, 4, 1)] * 4)
+        return Tiling(32, 32, 16, Launch(32, 4, 1), *[Launch(16, 4, 1)] * 4, 16, Launch(32, 4, 1))
     if dtype == torch.float32:
         if size > 128:
             return Tiling(32, 32, 32, *[Launch(32, 8, 1)] * 5)
@@ -67,10 +71,12 @@ def _tiling(size: int, dtype: torch.dtype) -> Tiling:
         return Tiling(64, 64, 32, wide, wide, narrow, narrow, wide)
     if size <= 64:
         sweep, solve, output = Launch(128, 8, 3, 128), Launch(128, 8, 3, 128), Launch(128, 8, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 4, 128), Launch(64, 4, 3, 168))
+        query, key = Launch(64, 8, 4, 128), Launch(64, 4, 3, 168)
+        return Tiling(128, 128, 64, sweep, solve, output, query, key, 64, Launch(128, 4, 1))
     if size <= 128:
         sweep, solve, output = Launch(128, 8, 2, 128), Launch(128, 8, 2), Launch(64, 8, 3)
-        return Tiling(128, 128, 64, sweep, solve, output, Launch(64, 8, 3), Launch(128, 8, 3))
+        query, key = Launch(64, 8, 3), Launch(128, 8, 3)
+        return Tiling(128, 128, 64, sweep, solve, output, query, key, 128, Launch(128, 8, 1))
     score, other = Launch(64, 4, 2), Launch(64, 8, 1)
     return Tiling(64, 64, 32, score, score, Launch(64, 8, 2), other, other)
 
