@@ -109,21 +109,27 @@ def target_index(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def predict_targets(model: PreTrainedModel, samples: Samples, count: int) -> tuple[Tensor, Tensor]:
-    """Right and counted target tokens, bool (B, count), from one forward pass that sees the right tokens before them.
+    """Predicted and right target tokens, (B, count), from one forward pass that sees the right tokens before them.
 
     Greedy generation gives the whole target if and only if every one of these predictions is right. Logits are
-    computed at the targets only.
+    computed at the targets only. After the last token of a target ``IGNORED_LABEL`` is right.
     """
     # Padding comes after the row, so that causal attention needs no mask.
     hidden = model.get_decoder()(input_ids=samples.input_ids, use_cache=False).last_hidden_state
     index, labels = target_index(samples.labels, count)
     hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    predicted = model.get_output_embeddings()(hidden).argmax(-1)
+    return model.get_output_embeddings()(hidden).argmax(-1), labels
+
+
+def right_targets(model: PreTrainedModel, samples: Samples, count: int) -> tuple[Tensor, Tensor]:
+    """Right and counted target tokens, bool (B, count)."""
+    predicted, labels = predict_targets(model, samples, count)
     counted = labels != IGNORED_LABEL
     return (predicted == labels) & counted, counted
 
 
-def _batches(task: Task, length: int | tuple[int, int], samples: int, seed: int, size: int) -> Iterator[Samples]:
+def batches(task: Task, length: int | tuple[int, int], samples: int, seed: int, size: int) -> Iterator[Samples]:
+    """The rows that a ladder measures, ``size`` at a time."""
     for number in range(-(-samples // BLOCK)):
         block = draw_block(task, length, seed, number)
         rows = min(BLOCK, samples - number * BLOCK)
@@ -139,9 +145,9 @@ def measure(model: PreTrainedModel, task: Task, length: int, options: LadderOpti
     size = max(1, options.batch_tokens // task.row_length(length))
     exact = right_tokens = all_tokens = 0
     with _autocast(model, options):
-        for batch in _batches(task, length, samples, options.seed, size):
+        for batch in batches(task, length, samples, options.seed, size):
             batch = Samples(*(tensor.to(model.device) for tensor in batch))
-            right, counted = predict_targets(model, batch, task.label_tokens(length))
+            right, counted = right_targets(model, batch, task.label_tokens(length))
             exact += (right == counted).all(1).sum()
             right_tokens += right.sum()
             all_tokens += counted.sum()
@@ -175,7 +181,7 @@ def check_generation(model: PreTrainedModel, task: Task, length: int, options: L
 
     Returns:
         How many were generated (0 where the task has tags, or beyond the limits of the options), how many were right,
-        and for how many :func:`predict_targets` says the same.
+        and for how many :func:`right_targets` says the same.
     """
     count = task.label_tokens(length)
     too_long = count > options.generate_tokens or length > options.generate_length
@@ -184,7 +190,7 @@ def check_generation(model: PreTrainedModel, task: Task, length: int, options: L
     rows = options.generate
     lengths = (max(task.min_length, length // 2), length)
     batch = Samples(*(t[:rows].to(model.device) for t in draw_block(task, lengths, options.seed + 1, 0)))
-    right, counted = predict_targets(model, batch, count)
+    right, counted = right_targets(model, batch, count)
     forced = (right == counted).all(1)
     prompts = [row[: int((mark != IGNORED_LABEL).int().argmax())] for row, mark in zip(*batch)]
     longest = max(map(len, prompts))
