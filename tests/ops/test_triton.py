@@ -16,7 +16,6 @@ CASES = {
     "odd length, groups of three heads": "Case(37, 37, 3, 1, scores='sharp')",
     "heavy tails, queries that see nothing": "Case(33, 50, scores='heavy', ranges='holes')",
     "huge scores": "Case(35, 35, 1, scores='huge')",
-    "huge tied scores, fp16": "Case(35, 35, 1, 1, 64, alpha=2.0, dtype=torch.float16, scores='huge')",
     "equal scores, left padding": "Case(40, 40, 1, batch=2, dtype=torch.float16, scores='equal', ranges='padded')",
     "sparsemax, packed documents": "Case(40, 40, 2, alpha=2.0, ranges='packed', scale=True, slopes=True)",
     "any alpha, window, head dimension 20 and values of 12": "Case(35, 35, 1, 1, 20, 12, alpha=1.3, ranges='window')",
