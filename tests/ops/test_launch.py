@@ -12,17 +12,29 @@ pytestmark = pytest.mark.skipif(
 
 
 class Notes:
-    """Stands for a ``triton.jit`` function, and for the compiled kernels that it returns."""
+    """Stands for a ``triton.jit`` function; the compiled kernels that it returns write down what they are given."""
 
     arg_names = ("A", "B", "count", "factor", "WIDTH", "TRAINING")
 
     def __init__(self):
-        self.compilations, self.launches = 0, []
+        self.compilations, self.launches, self.finished = 0, [], True
 
     def __getitem__(self, grid):
+        from triton.compiler import CompiledKernel
+
+        class Compiled(CompiledKernel):
+            module = None
+
+            def __init__(self):
+                pass
+
+            def __getitem__(own, launched):
+                assert launched == (*grid, 1, 1)[:3]
+                return lambda *given: self.launches.append(given)
+
         def through_triton(*arguments, **constants):
             self.compilations += 1
-            return {(*grid, 1, 1)[:3]: lambda *given: self.launches.append(given)}
+            return Compiled() if self.finished else None
 
         return through_triton
 
@@ -38,9 +50,9 @@ def notes(monkeypatch):
     return function, launch.Launched(function)
 
 
-def run(kernel, *arguments, training=True):
+def run(kernel, *arguments, training=True, warps=4):
     # Not in the order of the function's parameters, with an option that is none of them.
-    kernel[(7,)](*arguments, TRAINING=training, WIDTH=64, num_warps=4)
+    kernel[(7,)](*arguments, TRAINING=training, WIDTH=64, num_warps=warps)
 
 
 def test_a_second_launch_gets_addresses_numbers_and_compile_time_values_in_order(notes):
@@ -82,12 +94,35 @@ def test_what_triton_compiles_for_goes_through_triton(notes, other):
     assert (function.compilations, len(function.launches)) == (2, 1)
 
 
-def test_other_compile_time_values_go_through_triton(notes):
+@pytest.mark.parametrize("other", [{"training": False}, {"warps": 8}])
+def test_other_compile_time_values_and_options_go_through_triton(notes, other):
     function, kernel = notes
     a = torch.zeros(64)
     run(kernel, a, a, 5, 0.5)
-    run(kernel, a, a, 5, 0.5, training=False)
+    run(kernel, a, a, 5, 0.5, **other)
     assert (function.compilations, function.launches) == (2, [])
+
+
+def test_what_triton_did_not_compile_is_not_kept(notes):
+    function, kernel = notes
+    function.finished = False
+    a = torch.zeros(64)
+    for _ in range(2):
+        run(kernel, a, a, 5, 0.5)
+    assert function.compilations == 2
+
+
+def test_triton_specialises_on_no_integer():
+    """Else a kernel compiled for one value would be launched with another."""
+    from hf_sparse_attention.ops.triton import operator
+    from hf_sparse_attention.ops.triton.launch import Launched
+
+    kernels = [value for value in vars(operator).values() if isinstance(value, Launched)]
+    assert len(kernels) == 13
+    floats = {"scale", "scaling", "alpha_minus_1", "beta", "unit", "tolerance"}
+    for kernel in kernels:
+        numbers = [p for p in kernel.function.params if p.name[0].islower() and not p.is_constexpr]
+        assert [p.name for p in numbers if p.name not in floats and not p.do_not_specialize] == [], kernel.__name__
 
 
 def test_tensors_of_another_device_are_launched_there(notes, monkeypatch):

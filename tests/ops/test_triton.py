@@ -69,6 +69,11 @@ operator.tiling = without_short
 """
 
 
+def interpret_both(code: str) -> None:
+    """Code with one kernel for few keys, and again without."""
+    interpret(code + GENERAL + code)
+
+
 def test_forward_and_gradients_match_dense():
     interpret(GENERAL + "\n".join(f"check_against_dense({case})" for case in CASES.values()))
 
@@ -145,7 +150,7 @@ for first in (query.data_ptr() - 4, reach(query)[1]):
 
 
 def test_negative_scaling_is_that_of_negated_queries():
-    interpret(
+    interpret_both(
         """
 from hf_sparse_attention.ops import sparse_attention
 i = make_inputs(Case(20, 40, 1, 1, scores='sharp'))
@@ -178,7 +183,7 @@ torch.library.opcheck(decode_op, tuple(a.detach() if torch.is_tensor(a) else a f
 
 
 def test_reruns_are_bit_identical_and_empty_inputs_work():
-    interpret(
+    interpret_both(
         """
 case = Case(35, 35, 2, 1, scores='sharp', scale=True)
 inputs = make_inputs(case)
@@ -222,7 +227,7 @@ assert not near((heads(64, 64),), 2**31)
 
 
 def test_ranges_beyond_the_keys_are_clamped():
-    interpret(
+    interpret_both(
         """
 from hf_sparse_attention.ops import sparse_attention
 limits = torch.iinfo(torch.int32)
@@ -249,7 +254,7 @@ for length, training in ((40, True), (5, False)):
 
 
 def test_nan_in_a_query_is_not_hidden():
-    interpret(
+    interpret_both(
         """
 case = Case(20, 20, 1)
 inputs = make_inputs(case)

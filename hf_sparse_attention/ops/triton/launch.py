@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .tiling import INTERPRETED
 
@@ -19,8 +20,9 @@ _LARGEST_INT32 = 2**31 - 1
 class Launched:
     """Decorator of a ``triton.jit`` function whose tensors come first, then its numbers, by position.
 
-    Compile-time values and options come by keyword, in one order. The first call with new dtypes, alignments or
-    compile-time values goes through Triton; the compiled kernel that it returns serves the others.
+    Integers must be in ``do_not_specialize``: their values are not looked at. Compile-time values and options come by
+    keyword, in one order. The first call with new dtypes, alignments or compile-time values goes through Triton; the
+    compiled kernel that it returns serves the others.
     """
 
     def __init__(self, function: Any) -> None:
@@ -59,7 +61,7 @@ class Launched:
         key = (device, *dtypes, *misaligned, *constants.values())
         if wide or key not in self.compiled:
             kernel = self.function[grid](*arguments, **constants)
-            if not wide:
+            if not wide and isinstance(kernel, CompiledKernel):
                 names = self.function.arg_names[len(arguments) :]
                 self.compiled[key] = kernel, [constants[name] for name in names]
             return

@@ -28,7 +28,7 @@ STEEPEST = tl.constexpr(0.9)
 
 
 @Launched
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "heads", "k_len", "tiles"])
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_n", "heads", "k_len", "tiles"])
 def key_norms_kernel(
     K,
     NORMS,

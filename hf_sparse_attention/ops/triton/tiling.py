@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 # Scores of a decoded row that one program treats at once.
 DECODE_SCORES = 64 if INTERPRETED else 16384
