@@ -19,6 +19,7 @@ from torch import Tensor
 from . import __version__
 from .ops import sparse_attention
 from .ops.dispatch import choose_backend
+from .ops.precision import multiplies_in_tf32
 
 PACKAGES = ("torch", "transformers", "triton", "entmax")
 BACKENDS = ("triton", "chunked", "reference")
@@ -110,7 +111,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype = torch.floa
 def self_check(backend: str, dtype: torch.dtype, alpha: float, device: torch.device) -> Check:
     """Output and gradients of causal attention with ALiBi, a length scale and grouped heads, on a tiny odd input."""
     tolerance = TOLERANCES[dtype]
-    if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if device.type == "cuda" and multiplies_in_tf32():
         tolerance = max(tolerance, _TF32_TOLERANCE)
     inputs = _inputs(device, dtype)
     expected = _attend("reference", alpha, *(tensor.double() for tensor in inputs))

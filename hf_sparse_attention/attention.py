@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .config import PRESETS, SparseAttentionConfig
 from .length_scale import query_scale, warn_frozen
-from .masks import has_packed_documents, is_own, memoised, visibility
+from .masks import check_key_boundaries, has_packed_documents, is_own, memoised, visibility
 from .ops import sparse_attention
 from .positions import alibi_slopes
 
@@ -144,10 +144,7 @@ def sparse_attention_forward(
         )
     _check_keywords(kwargs, settings.preset)
     _refuse_context_parallel(settings.preset)
-    if cu_seq_lens_k is not None and not _is_same(cu_seq_lens_q, cu_seq_lens_k):
-        raise ValueError(
-            "cu_seq_lens_k differs from cu_seq_lens_q; only self-attention over packed rows is supported."
-        )
+    check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     num_queries = query.shape[2]
     # Traced code takes the slice without asking for lengths; elsewhere it takes as long as a launch, for nothing.
@@ -234,14 +231,6 @@ def _refuse_context_parallel(preset: str) -> None:
             f"attn_implementation={preset!r} cannot be computed under context parallelism, which divides sequences "
             "for torch's own SDPA only. Use FSDP2 with activation checkpointing, or tensor parallelism."
         )
-
-
-def _is_same(first: Tensor | None, second: Tensor) -> bool:
-    """Whether bounds are equal; their values are compared where reading them costs nothing."""
-    if first is None or first.shape != second.shape:
-        return False
-    is_readable = first.device.type == second.device.type == "cpu" and not torch.compiler.is_compiling()
-    return first is second or not is_readable or torch.equal(first, second)
 
 
 @torch.compiler.assume_constant_result

@@ -124,6 +124,23 @@ def check_boundaries(
         )
 
 
+def check_key_boundaries(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> None:
+    """Raise ValueError unless the boundaries of the keys, where given, are those of the queries.
+
+    On a GPU their values are read once for all layers of a forward; traced code stops with an assertion.
+    """
+    if cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q:
+        return
+    message = "cu_seq_lens_k differs from cu_seq_lens_q; only self-attention over packed rows is supported."
+    if cu_seq_lens_q is None or cu_seq_lens_q.shape != cu_seq_lens_k.shape:
+        raise ValueError(message)
+
+    def compare() -> None:
+        _require((cu_seq_lens_q == cu_seq_lens_k.to(cu_seq_lens_q.device)).all(), message)
+
+    memoised((cu_seq_lens_q, cu_seq_lens_k), compare, "key boundaries")
+
+
 def has_packed_documents(
     attention_mask: Tensor | None,
     query: Tensor,

@@ -23,8 +23,10 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _same_start():
     set_seed(0)
+    # Trainer and recipes allow TF32 for all of their process.
+    torch.set_float32_matmul_precision("highest")
 
 
 def pytest_collection_modifyitems(items):

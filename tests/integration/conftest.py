@@ -17,6 +17,7 @@ import hf_sparse_attention
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory) -> Iterator[Forked]:
     """Runs a program in a fork, on one thread of the CPU: forks cannot use a GPU that their parent has looked for."""
-    changes = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    changes = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
     with forking(IMPORTS, tmp_path_factory.mktemp("forked"), {**os.environ, **changes}) as run:
         yield run

@@ -96,7 +96,7 @@ import sys
 
 import torch
 
-from hf_sparse_attention.masks import sparse_attention_mask, visibility
+from hf_sparse_attention.masks import check_key_boundaries, sparse_attention_mask, visibility
 
 device, backend, case = sys.argv[1:]
 torch.set_default_device(device)
@@ -109,7 +109,8 @@ def generated(*padding):
     return sparse_attention_mask(batch_size=1, q_length=6, kv_length=6, attention_mask=mask, device=query.device)
 
 
-def visible_keys(mask=None, positions=None):
+def visible_keys(mask=None, positions=None, bounds=None):
+    check_key_boundaries(torch.tensor([0, 2, 6]), bounds)
     rows = visibility(mask, query, 6, is_causal=mask is not None, position_ids=positions, **nothing)
     return rows.visible_keys
 
@@ -118,6 +119,7 @@ nothing = {"sliding_window": None, "cu_seqlens": None, "seq_idx": None}
 right, wrong = {
     "biases": ({"mask": causal}, {"mask": causal + 0.5}),
     "documents": ({"positions": torch.arange(6)[None]}, {"positions": torch.tensor([[0, 1, 2, 0, 1, 2]])}),
+    "boundaries": ({"bounds": torch.tensor([0, 2, 6])}, {"bounds": torch.tensor([0, 3, 6])}),
     "holes": ({"mask": generated(0, 1, 1, 1, 1, 1)}, {"mask": generated(1, 1, 0, 0, 1, 1)}),
 }[case]
 compiled = torch.compile(visible_keys, fullgraph=True, backend=backend)
@@ -128,6 +130,7 @@ print(compiled(**wrong).tolist())
 STOPPED = {
     "biases": ([1, 2, 3, 4, 5, 6], "the 4-D attention_mask holds values other than 0 and a large negative number"),
     "documents": ([6] * 6, "packed documents with bidirectional attention need a 4-D attention_mask"),
+    "boundaries": ([6] * 6, "cu_seq_lens_k differs from cu_seq_lens_q"),
     "holes": ([0, 1, 2, 3, 4, 5], "attention_mask hides tokens between visible ones"),
 }
 
@@ -138,6 +141,7 @@ STOPPED = {
         ("cpu", "eager", "biases"),
         ("cpu", "aot_eager", "biases"),
         ("cpu", "aot_eager", "documents"),
+        ("cpu", "aot_eager", "boundaries"),
         *(
             pytest.param("cuda", backend, case, marks=pytest.mark.gpu)
             for backend, case in (
@@ -145,6 +149,7 @@ STOPPED = {
                 ("aot_eager", "biases"),
                 ("inductor", "biases"),
                 ("inductor", "documents"),
+                ("inductor", "boundaries"),
                 ("inductor", "holes"),
             )
         ),

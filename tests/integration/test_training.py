@@ -91,7 +91,7 @@ WAYS = {
         1e-5,
     ),
     "reentrant": ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-5),
-    "compiled": ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
+    "compiled": ({"torch_compile": True, "torch_compile_backend": "aot_eager", "tf32": False}, 1e-5),
     "all": (
         {"bf16": True, "gradient_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
         0.03,

@@ -149,6 +149,22 @@ for first in (query.data_ptr() - 4, reach(query)[1]):
     interpret(WATCHED + code)
 
 
+def test_gradient_of_slopes_does_not_suffer_from_the_rounded_mean():
+    """Errors of delta, all of one sign in a row, are multiplied by distances."""
+    interpret(
+        """
+case = Case(40, 40, 4, 2, 24, 16, alpha=1.0, dtype=torch.float16, slopes=True)
+for seed in range(2):
+    inputs = make_inputs(case, seed=seed)
+    error, eager = (
+        (run(case, inputs, *dtype)[4] - run_dense(case, inputs, torch.float64)[4]).norm()
+        for run, dtype in ((run_kernels, ()), (run_dense, (torch.float16,)))
+    )
+    assert error < 0.1 * eager, (error, eager)
+"""
+    )
+
+
 def test_negative_scaling_is_that_of_negated_queries():
     interpret_both(
         """

@@ -53,18 +53,25 @@ CASES = [
     *(Case(300, 300, 2, 1, d, dtype=FP32, scores="sharp", scale=True) for d in (16, 64, 128, 256)),
     *(Case(300, 300, 2, 1, 64, dtype=FP32, scores=s, alpha=a) for s in ("huge", "tied") for a in (1.0, 1.5, 2.0)),
     Case(517, 517, 2, 2, 64, dtype=BF16, alpha=1.0, ranges="holes", scale=True),
+    # Values narrower or wider than keys, few keys and many.
+    *(
+        Case(n, n, 4, 2, d, v, dtype=BF16, alpha=alpha, batch=2, scale=True, slopes=True)
+        for n in (37, 300)
+        for d, v in ((24, 16), (32, 16), (64, 32), (128, 64), (16, 64))
+        for alpha in ((1.0, 1.25, 1.5) if n == 37 else (1.5,))
+    ),
     # Few keys that one kernel does not hold: float32, and large heads.
     *(Case(100, 128, 2, 1, d, dtype=FP32, scores="sharp", scale=True) for d in (16, 64, 100)),
     *(Case(60, 64, 2, 1, 256, dtype=t, scores="sharp") for t in (BF16, FP32)),
     # So few keys that one kernel holds them all.
     *(
         Case(131, 131, 4, 2, d, dtype=BF16, alpha=alpha, scores="sharp", scale=True, slopes=True, batch=3)
-        for d in (16, 32, 64, 80, 128)
+        for d in (16, 24, 32, 64, 80, 128)
         for alpha in (1.25, 1.5, 2.0)
     ),
     *(Case(200, 200, 2, 1, 64, dtype=BF16, scores=s) for s in ("heavy", "tied", "equal", "huge", "needle")),
     *(Case(77, 256, 2, 1, 64, dtype=BF16, ranges=r, batch=2) for r in ("full", "window", "padded", "packed", "holes")),
-    *(Case(150, 150, 2, 1, 64, 128, dtype=FP16, alpha=a, scores="equal", ranges="full") for a in (1.5, 2.0)),
+    *(Case(150, 150, 2, 1, 128, dtype=FP16, alpha=a, scores="equal", ranges="full") for a in (1.5, 2.0)),
     # More tiles than the sweep looks at in one go, and lists long enough for a pilot pass.
     *(Case(300, 20000, 2, 1, 64, dtype=BF16, scores=s, scale=s == "sharp") for s in ("normal", "sharp", "needle")),
     *(Case(130, 20000, 2, 1, 64, dtype=BF16, scores=s, ranges="full") for s in ("heavy", "tied", "equal")),

@@ -31,7 +31,8 @@ class Case:
     positions: bool = False
 
     def __str__(self) -> str:
-        shape = f"{self.batch}x{self.q_heads}:{self.k_heads}x{self.q_len}:{self.k_len}x{self.head_dim}"
+        dims = f"{self.head_dim}" if self.value_dim is None else f"{self.head_dim}:{self.value_dim}"
+        shape = f"{self.batch}x{self.q_heads}:{self.k_heads}x{self.q_len}:{self.k_len}x{dims}"
         flags = [name for name in ("scale", "slopes", "positions") if getattr(self, name)]
         return "-".join([shape, f"a{self.alpha:g}", str(self.dtype)[6:], self.scores, self.ranges, *flags])
 

@@ -109,6 +109,9 @@ def query_gradient_kernel(
 
     grad_q = tl.zeros([BM, DP], tl.float32)
     moment = tl.zeros([BM], tl.float32)
+    excess = moment
+    weight = moment
+    reach = moment
     LIST += tile_index * k_tiles
     count = tl.load(COUNT + tile_index)
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
@@ -139,12 +142,17 @@ def query_gradient_kernel(
         grad_y = u * (grad_p - delta[:, None])
         if SLOPE_GRADIENT:
             moment += tl.sum(grad_y * far, 1)
+            excess += tl.sum(grad_y, 1)
+            weight += tl.sum(u, 1)
+            reach += tl.sum(u * far, 1)
         grad_q = tl.dot(grad_y.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
     if SCALE_GRADIENT:
         along = tl.sum(q.to(tl.float32) * grad_q, 1) * scaling * inverse
         tl.store(GRAD_SCALE + row_index, along, mask=inside)
     if SLOPE_GRADIENT:
+        # Gradients of a row's scores add up to 0; what they miss it by is delta's error, of the rounded mean.
+        moment -= excess / tl.where(weight > 0, weight, 1.0) * reach
         tl.store(GRAD_SLOPE + row_index, -moment * inverse, mask=inside)
     grad_base = GRAD_Q + (tl.cast(b, tl.int64) * q_len * q_heads + h) * D
     store_tile(

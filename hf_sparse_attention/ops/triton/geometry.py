@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import multiplies_in_tf32
 from .tiles import ALIGNMENT
 from .tiling import Tiling
 
@@ -62,7 +63,7 @@ class Geometry:
         bytes_per_head = self.k_len * (self.dim + self.value_dim) * key.element_size()
         self.heads_at_once = self.group * max(1, _L2_BYTES // max(1, bytes_per_head))
         self.exact = query.dtype == torch.float32
-        if not self.exact or (query.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+        if not self.exact or (query.is_cuda and multiplies_in_tf32()):
             self.precision = "tf32"
         else:
             # Three tensor core products make one of float32; above 128 dimensions they do not fit a multiprocessor.

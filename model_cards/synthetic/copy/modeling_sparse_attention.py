@@ -4,21 +4,17 @@ import transformers
 from hf_sparse_attention.hub import TrustedCheckpoint
 
 
-class LlamaModel(TrustedCheckpoint, transformers.LlamaModel):
+class Gemma2Model(TrustedCheckpoint, transformers.Gemma2Model):
     pass
 
 
-class LlamaForCausalLM(TrustedCheckpoint, transformers.LlamaForCausalLM):
+class Gemma2ForCausalLM(TrustedCheckpoint, transformers.Gemma2ForCausalLM):
     pass
 
 
-class LlamaForSequenceClassification(TrustedCheckpoint, transformers.LlamaForSequenceClassification):
+class Gemma2ForSequenceClassification(TrustedCheckpoint, transformers.Gemma2ForSequenceClassification):
     pass
 
 
-class LlamaForTokenClassification(TrustedCheckpoint, transformers.LlamaForTokenClassification):
-    pass
-
-
-class LlamaForQuestionAnswering(TrustedCheckpoint, transformers.LlamaForQuestionAnswering):
+class Gemma2ForTokenClassification(TrustedCheckpoint, transformers.Gemma2ForTokenClassification):
     pass
