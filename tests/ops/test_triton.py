@@ -5,11 +5,12 @@ The interpreter is chosen when Triton is imported, so the cases run in a process
 
 import importlib.util
 import os
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked, forking
 
 CASES = {
     "one query, one key": "Case(1, 1)",
@@ -37,25 +38,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def interpret(code: str) -> None:
-    """Run code in a process whose Triton interprets its kernels."""
+@pytest.fixture(scope="session")
+def interpreter(tmp_path_factory) -> Iterator[Forked]:
+    """Runs a program where Triton interprets its kernels, in a fork: every import takes seconds."""
     root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
+    changes = {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
+        "PYTHONWARNINGS": "ignore::RuntimeWarning",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::RuntimeWarning",
-        "-c",
-        "import torch\nfrom triton_cases import *\n" + code,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    imports = "import torch\nfrom triton_cases import *"
+    with forking(imports, tmp_path_factory.mktemp("interpreter"), {**os.environ, **changes}) as run:
+        yield run
+
+
+@pytest.fixture
+def interpret(interpreter) -> Callable[[str], None]:
+    def run(code: str) -> None:
+        done = interpreter(code)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 # So many keys as one kernel holds by itself go to it; then none do.
@@ -69,16 +74,17 @@ operator.tiling = without_short
 """
 
 
-def interpret_both(code: str) -> None:
+@pytest.fixture
+def interpret_both(interpret) -> Callable[[str], None]:
     """Code with one kernel for few keys, and again without."""
-    interpret(code + GENERAL + code)
+    return lambda code: interpret(code + GENERAL + code)
 
 
-def test_forward_and_gradients_match_dense():
+def test_forward_and_gradients_match_dense(interpret):
     interpret(GENERAL + "\n".join(f"check_against_dense({case})" for case in CASES.values()))
 
 
-def test_few_keys_match_dense():
+def test_few_keys_match_dense(interpret):
     interpret("\n".join(f"check_against_dense({case})" for case in CASES.values() if "530" not in case))
 
 
@@ -127,7 +133,7 @@ launch.seen, launch.Launched.launch, interpreter._interpreter = set(), watch, Wa
 """
 
 
-def test_no_access_outside_of_the_tensors():
+def test_no_access_outside_of_the_tensors(interpret):
     cases = ("odd length, groups of three heads", "sparsemax, packed documents", "softmax, scale and slopes")
     long = ("Case(36, 100, 2, slopes=True, positions=True)", "Case(3, 77, 3, 1, 24, 40, batch=2, ranges='padded')")
     code = "\n".join(f"run_kernels({case}, make_inputs({case}))" for case in [*map(CASES.get, cases), *long])
@@ -149,7 +155,7 @@ for first in (query.data_ptr() - 4, reach(query)[1]):
     interpret(WATCHED + code)
 
 
-def test_gradient_of_slopes_does_not_suffer_from_the_rounded_mean():
+def test_gradient_of_slopes_does_not_suffer_from_the_rounded_mean(interpret):
     """Errors of delta, all of one sign in a row, are multiplied by distances."""
     interpret(
         """
@@ -165,7 +171,7 @@ for seed in range(2):
     )
 
 
-def test_negative_scaling_is_that_of_negated_queries():
+def test_negative_scaling_is_that_of_negated_queries(interpret_both):
     interpret_both(
         """
 from hf_sparse_attention.ops import sparse_attention
@@ -179,11 +185,11 @@ assert all(torch.equal(a, b) for a, b in zip(*gradients))
     )
 
 
-def test_decode_matches_dense():
+def test_decode_matches_dense(interpret):
     interpret("\n".join(f"check_decode_against_dense({case})" for case in DECODE_CASES.values()))
 
 
-def test_operators_fulfil_their_contract():
+def test_operators_fulfil_their_contract(interpret):
     """Schemas, fake kernels and gradients as torch.library checks them."""
     interpret(
         """
@@ -198,7 +204,7 @@ torch.library.opcheck(decode_op, tuple(a.detach() if torch.is_tensor(a) else a f
     )
 
 
-def test_reruns_are_bit_identical_and_empty_inputs_work():
+def test_reruns_are_bit_identical_and_empty_inputs_work(interpret_both):
     interpret_both(
         """
 case = Case(35, 35, 2, 1, scores='sharp', scale=True)
@@ -214,7 +220,7 @@ for empty in (Case(0, 5), Case(5, 0), Case(5, 5, batch=0)):
     )
 
 
-def test_offsets_of_64_bits_give_the_same_gradients():
+def test_offsets_of_64_bits_give_the_same_gradients(interpret):
     interpret(
         """
 from hf_sparse_attention.ops.triton import geometry
@@ -229,7 +235,7 @@ for case in (Case(37, 37, 3, 1, scores='sharp', batch=2), Case(20, 50, 2, 1, 20,
     )
 
 
-def test_heads_of_many_elements_are_addressed_by_64_bits():
+def test_heads_of_many_elements_are_addressed_by_64_bits(interpret):
     """Meta tensors: what decides is the span of a head, not what it holds."""
     interpret(
         """
@@ -242,7 +248,7 @@ assert not near((heads(64, 64),), 2**31)
     )
 
 
-def test_ranges_beyond_the_keys_are_clamped():
+def test_ranges_beyond_the_keys_are_clamped(interpret_both):
     interpret_both(
         """
 from hf_sparse_attention.ops import sparse_attention
@@ -269,7 +275,7 @@ for length, training in ((40, True), (5, False)):
     )
 
 
-def test_nan_in_a_query_is_not_hidden():
+def test_nan_in_a_query_is_not_hidden(interpret_both):
     interpret_both(
         """
 case = Case(20, 20, 1)
@@ -282,7 +288,7 @@ assert output[0, 0, 7].isnan().all() and not output[0, 0, :7].isnan().any()
     )
 
 
-def test_reasons_name_what_is_not_supported():
+def test_reasons_name_what_is_not_supported(interpret):
     interpret(
         """
 from hf_sparse_attention.ops.triton import unsupported_reason
