@@ -112,12 +112,21 @@ def visibility(
 def check_boundaries(
     cu_seqlens: Tensor | None, seq_idx: Tensor | None, batch: int, num_queries: int, num_keys: int
 ) -> None:
-    """Refuse document boundaries that cannot be applied."""
-    if cu_seqlens is not None and (batch != 1 or num_queries != num_keys):
-        raise ValueError(
-            f"cu_seq_lens_q describes one flattened row without a cache, but the batch is {batch} with {num_queries} "
-            f"queries and {num_keys} keys. Pass use_cache=False and one row, or drop cu_seq_lens_q."
-        )
+    """Refuse document boundaries that cannot be applied; their values are read once for all layers of a forward."""
+    if cu_seqlens is not None:
+        if batch != 1 or num_queries != num_keys:
+            raise ValueError(
+                f"cu_seq_lens_q describes one flattened row without a cache, but the batch is {batch} with "
+                f"{num_queries} queries and {num_keys} keys. Pass use_cache=False and one row, or drop cu_seq_lens_q."
+            )
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}; allowed: (documents + 1,).")
+
+        def cover_the_row() -> None:
+            covered = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_queries) & (cu_seqlens.diff() >= 0).all()
+            _require(covered, "cu_seq_lens_q must ascend from 0 to the number of tokens in the row.")
+
+        memoised((cu_seqlens,), cover_the_row, ("boundaries", num_queries))
     if seq_idx is not None and num_queries != num_keys:
         raise ValueError(
             f"seq_idx needs as many keys as queries, got {num_keys} and {num_queries}; pass use_cache=False."

@@ -109,17 +109,19 @@ def generated(*padding):
     return sparse_attention_mask(batch_size=1, q_length=6, kv_length=6, attention_mask=mask, device=query.device)
 
 
-def visible_keys(mask=None, positions=None, bounds=None):
+def visible_keys(mask=None, positions=None, bounds=None, cu_seqlens=None):
     check_key_boundaries(torch.tensor([0, 2, 6]), bounds)
-    rows = visibility(mask, query, 6, is_causal=mask is not None, position_ids=positions, **nothing)
+    is_causal = mask is not None or cu_seqlens is not None
+    rows = visibility(mask, query, 6, is_causal=is_causal, position_ids=positions, cu_seqlens=cu_seqlens, **nothing)
     return rows.visible_keys
 
 
-nothing = {"sliding_window": None, "cu_seqlens": None, "seq_idx": None}
+nothing = {"sliding_window": None, "seq_idx": None}
 right, wrong = {
     "biases": ({"mask": causal}, {"mask": causal + 0.5}),
     "documents": ({"positions": torch.arange(6)[None]}, {"positions": torch.tensor([[0, 1, 2, 0, 1, 2]])}),
     "boundaries": ({"bounds": torch.tensor([0, 2, 6])}, {"bounds": torch.tensor([0, 3, 6])}),
+    "rest": ({"cu_seqlens": torch.tensor([0, 2, 6])}, {"cu_seqlens": torch.tensor([0, 2, 4])}),
     "holes": ({"mask": generated(0, 1, 1, 1, 1, 1)}, {"mask": generated(1, 1, 0, 0, 1, 1)}),
 }[case]
 compiled = torch.compile(visible_keys, fullgraph=True, backend=backend)
@@ -131,6 +133,7 @@ STOPPED = {
     "biases": ([1, 2, 3, 4, 5, 6], "the 4-D attention_mask holds values other than 0 and a large negative number"),
     "documents": ([6] * 6, "packed documents with bidirectional attention need a 4-D attention_mask"),
     "boundaries": ([6] * 6, "cu_seq_lens_k differs from cu_seq_lens_q"),
+    "rest": ([1, 2, 1, 2, 3, 4], "cu_seq_lens_q must ascend from 0 to the number of tokens in the row"),
     "holes": ([0, 1, 2, 3, 4, 5], "attention_mask hides tokens between visible ones"),
 }
 
@@ -142,6 +145,7 @@ STOPPED = {
         ("cpu", "aot_eager", "biases"),
         ("cpu", "aot_eager", "documents"),
         ("cpu", "aot_eager", "boundaries"),
+        ("cpu", "aot_eager", "rest"),
         *(
             pytest.param("cuda", backend, case, marks=pytest.mark.gpu)
             for backend, case in (
@@ -150,6 +154,7 @@ STOPPED = {
                 ("inductor", "biases"),
                 ("inductor", "documents"),
                 ("inductor", "boundaries"),
+                ("inductor", "rest"),
                 ("inductor", "holes"),
             )
         ),

@@ -112,6 +112,24 @@ def test_cumulative_lengths_that_cannot_be_applied():
         model(ids[:1], cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 3, 5]), use_cache=False)
 
 
+@pytest.mark.parametrize("bounds", [[0, 2, 4], [1, 3, 5], [0, 4, 2, 5], [0, 2, 9], [0, -2, 5], [5]])
+def test_cumulative_lengths_that_do_not_cover_the_row(bounds):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q (must ascend from 0 to|has shape \(1,\))"):
+        model(prompts(5)[0][None], cu_seq_lens_q=torch.tensor(bounds), use_cache=False)
+
+
+def test_documents_without_tokens_are_none():
+    model = tiny_model()
+    ids = prompts(5)[0][None]
+    with torch.no_grad():
+        expected, found = (
+            model(ids, cu_seq_lens_q=torch.tensor(bounds), use_cache=False).logits
+            for bounds in ([0, 2, 5], [0, 0, 2, 2, 5, 5])
+        )
+    assert torch.equal(found, expected)
+
+
 def test_continuous_batching():
     model = tiny_model()
     with pytest.raises(ValueError, match="no paged cache, which generate_batch"):
