@@ -28,9 +28,9 @@ ALPHAS = (1.0, 1.25, 1.5, 2.0)
 # Allowed error relative to the largest entry. TF32 products, a global setting of PyTorch, have 10 bits.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 _TF32_TOLERANCE = 1e-2
-KEY_DIM = 24
+_KEY_DIM = 24
 # Few keys with values as wide as keys go to a Triton kernel of their own.
-VALUE_DIMS = (16, KEY_DIM)
+_VALUE_DIMS = (16, _KEY_DIM)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def self_check(backend: str, dtype: torch.dtype, alpha: float, device: torch.dev
     if device.type == "cuda" and multiplies_in_tf32():
         tolerance = max(tolerance, _TF32_TOLERANCE)
     outputs, gradients = [], []
-    for value_dim in VALUE_DIMS:
+    for value_dim in _VALUE_DIMS:
         inputs = _inputs(device, dtype, value_dim)
         expected = _attend("reference", alpha, *(tensor.double() for tensor in inputs))
         try:
@@ -157,10 +157,10 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, has_mask: bool 
     return choose_backend(impl, query, key, value, attention_mask=mask, **{**call, **arguments})
 
 
-def _inputs(device: torch.device, dtype: torch.dtype, value_dim: int = VALUE_DIMS[0]) -> tuple[Tensor, ...]:
+def _inputs(device: torch.device, dtype: torch.dtype, value_dim: int = _VALUE_DIMS[0]) -> tuple[Tensor, ...]:
     """Query, key, value, query_scale and slopes, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 37, KEY_DIM), (2, 2, 37, KEY_DIM), (2, 2, 37, value_dim)]
+    shapes = [(2, 4, 37, _KEY_DIM), (2, 2, 37, _KEY_DIM), (2, 2, 37, value_dim)]
     query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     scale = 1.0 + torch.rand(2, 4, 37, generator=generator)
     slopes = torch.tensor([1.0, 0.5, 0.0, 0.0])

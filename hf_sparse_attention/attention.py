@@ -125,14 +125,14 @@ def sparse_attention_forward(
         query, key, value: (B, heads, Q, D), (B, key heads, K, D), (B, key heads, K, D_v), floating point.
         attention_mask: None, bool (B, 1, Q, K) with True = visible, or float with 0 = visible.
         position_ids: (B or 1, Q); restarts mark packed documents.
-        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), boundaries of one flattened row.
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), boundaries of one flattened row, from 0 to its length.
 
     Returns:
         The output (B, Q, heads, D_v), contiguous, and the weights (B, heads, Q, K) if ``output_attentions`` or None.
 
     Raises:
-        ValueError: the layer was not given sparse attention, a keyword or mask is not supported, or the sequence is
-            divided between processes.
+        ValueError: the layer was not given sparse attention, a keyword or mask is not supported, boundaries do not
+            cover the row or differ, or the sequence is divided between processes.
     """
     settings = _settings(module)
     coefficients = kwargs.pop(_LENGTH_SCALE, None)

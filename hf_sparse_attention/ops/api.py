@@ -63,7 +63,8 @@ def sparse_attention(
             causal, ``|position - j| < sliding_window`` otherwise.
         attention_mask: bool, broadcastable to (B, Hq, Lq, Lk), True where visible.
         cu_seqlens: int (documents + 1,), for B = 1 and Lq = Lk: document d holds the tokens ``cu_seqlens[d]`` to
-            ``cu_seqlens[d + 1] - 1``; documents do not see each other.
+            ``cu_seqlens[d + 1] - 1``; documents do not see each other. Values are looked at on the CPU only:
+            elsewhere that would wait for the device.
         key_start: int (B or 1, Lq), first key that each query sees.
         key_end: int (B or 1, Lq), one past the last key that each query sees.
         query_positions: int (B or 1, Lq), positions for the ALiBi distance, within int32; default ``i + Lk - Lq``.

@@ -76,9 +76,9 @@ def forward(
     out = tokens_first(query, geometry.q_len, geometry.q_heads, geometry.value_dim)
     sparse = kind != SOFTMAX.value
     mean = torch.empty_like(out) if training and sparse else out.new_empty(0)
-    # Where values are narrower than keys, ptxas 12.8 (Triton 3.6) leaves the address of their product undefined.
-    equal = padded(geometry.dim) == padded(geometry.value_dim)
-    short = sparse and equal and 0 < geometry.k_len <= 2 * tiles.short.columns
+    # ptxas 12.8 (Triton 3.6) leaves the address of values narrower than keys undefined; wider ones are as rare.
+    same_width = padded(geometry.dim) == padded(geometry.value_dim)
+    short = sparse and same_width and 0 < geometry.k_len <= 2 * tiles.short.columns
     # The sparse kernels hand each other rows and candidates; one kernel alone writes them for the backward only.
     keep = training or (sparse and not short)
     rows = out.new_empty((4, heads, q_tiles * tiles.rows) if keep else (4, 0), dtype=torch.float32)
